@@ -1,0 +1,111 @@
+"""From a domain file's [disk] section to a disk: the file is opened, found fit and locked; what is wrong with it is said.
+
+It runs before privileges are dropped, or is given a descriptor that a privileged process opened and locked.
+"""
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import stat
+from typing import TYPE_CHECKING
+
+from kvmapp.block.locks import Locked, holders, lock
+from kvmapp.block.raw import RawDisk
+from kvmapp.errors import GuestImageError
+
+if TYPE_CHECKING:
+    from kvmapp.config import DiskConfig
+
+KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISCHR, "a character device"), (stat.S_ISFIFO, "a named pipe"),
+         (stat.S_ISSOCK, "a socket"))
+
+
+def open_disk(config: DiskConfig, fd: int | None = None) -> RawDisk:
+    """The disk of this section. `fd`: its file, already opened and locked; taken over. Raises GuestImageError, HostError."""
+    if fd is None:
+        fd = open_image(config.name, config.source, read_only=config.readonly)
+    try:
+        return RawDisk(fd, name=config.name, path=config.source, read_only=config.readonly, cache=config.cache, io=config.io,
+                       discard=config.discard == "unmap")
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def open_image(name: str, path: str, *, read_only: bool = False, shared: bool = False) -> int:
+    """A descriptor of the image file or block device, locked. `shared`: others may write to it at the same time."""
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        status = os.stat(path)
+        for is_kind, kind in KINDS:
+            if is_kind(status.st_mode):
+                raise refusal(name, path, f"it is {kind}", "a disk is an image file or a block device")
+        if stat.S_ISBLK(status.st_mode) and not read_only and not shared:
+            flags |= os.O_EXCL                      # refused while the host has it mounted, or in LVM or RAID
+        fd = os.open(path, flags)
+    except OSError as error:
+        raise refusal(name, path, error.strerror or str(error), reason(error, path, read_only)) from None
+    try:
+        lock(fd, read_only=read_only, shared=shared)
+    except Locked:
+        os.close(fd)
+        raise in_use(name, path, read_only) from None
+    except OSError as error:
+        os.close(fd)
+        raise refusal(name, path, f"it cannot be locked: {error.strerror}") from None
+    return fd
+
+
+def refusal(name: str, path: str, what: str, hint: str | None = None) -> GuestImageError:
+    return GuestImageError(f"Cannot open disk '{name}' ({path}): {what}", hint)
+
+
+def in_use(name: str, path: str, read_only: bool) -> GuestImageError:
+    who = ", ".join(f"{pid} ({command})" for pid, command in holders(path))
+    how = "written to" if read_only else "used"
+    return refusal(name, path, f"it is being {how} by process {who}" if who else f"it is being {how} by another process",
+                   "only guests that all have it readonly can share a disk")
+
+
+def reason(error: OSError, path: str, read_only: bool) -> str | None:
+    """The next step for one whom the system's own words leave alone."""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return missing_permission(path, read_only)
+    if error.errno == errno.ENOENT:
+        missing = next((str(folder) for folder in ancestors(path) if not os.path.lexists(folder)), None)
+        return f"there is no folder {missing}" if missing else f"make it first: truncate -s 20G {path}"
+    return {
+        errno.EROFS: "set readonly = yes",
+        errno.EBUSY: "the host itself uses the device: unmount it, or take it out of LVM or RAID",
+        errno.ENXIO: "the device has no medium, or is gone",
+        errno.ENOMEDIUM: "insert a medium",
+        errno.ETXTBSY: "the host uses it as swap, or runs it",
+        errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    }.get(error.errno or 0)
+
+
+def missing_permission(path: str, read_only: bool) -> str:
+    """Which bit is missing, on what, for whom."""
+    uid = os.geteuid()
+    try:
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        user = str(uid)
+    for folder in ancestors(path):
+        if not os.access(folder, os.X_OK, effective_ids=True):
+            return f"user {user} lacks search permission on {folder}"
+    for what, mode in (("read", os.R_OK), *((("write", os.W_OK),) if not read_only else ())):
+        if not os.access(path, mode, effective_ids=True):
+            return f"user {user} lacks {what} permission on {path}"
+    return "SELinux, AppArmor, a device cgroup or the file's immutable attribute forbids it (see ausearch -m avc, lsattr)"
+
+
+def ancestors(path: str) -> list[str]:
+    """The folders that lead to the file, from / down, symbolic links followed."""
+    folder = os.path.dirname(os.path.realpath(path))
+    folders = [folder]
+    while folder != os.path.dirname(folder):
+        folder = os.path.dirname(folder)
+        folders.append(folder)
+    return folders[::-1]

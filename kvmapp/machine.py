@@ -1,0 +1,329 @@
+"""One guest's hardware, put together from its configuration: which device stands on which bus, at which address and interrupt.
+
+    machine = Machine(config)
+    machine.boot(); machine.resume(); ...; machine.pause(); machine.close()
+
+A new device is built here, in one of the `_add_...` steps, and nowhere else. Control methods belong to one thread.
+"""
+from kvmapp.boot.cpuid import address_bits, guest_cpuid
+from kvmapp.boot.direct import DirectBoot
+from kvmapp.boot.e820 import pci_window64
+from kvmapp.boot.platform import Platform
+from kvmapp.boot.topology import Topology
+from kvmapp.chardev import CharBackend
+from kvmapp.core import Kvm, Vm
+from kvmapp.devices import Bus, Device
+from kvmapp.errors import GuestImageError, HostError, Unsupported
+from kvmapp.hw.acpi_pm import AcpiPm
+from kvmapp.hw.cmos_rtc import CmosRtc
+from kvmapp.hw.debug_exit import DebugExit
+from kvmapp.hw.debug_port import DebugPort
+from kvmapp.hw.i8042 import I8042
+from kvmapp.hw.ns16550 import Ns16550
+from kvmapp.hw.pci_host import ECAM_OFFSET, PciHost
+from kvmapp.hw.port92 import Port92
+from kvmapp.hw.reset_control import ResetControl
+from kvmapp.iothread import IoThread
+from kvmapp.layout import (
+    GSI_COM1,
+    GSI_COM2,
+    GSI_KEYBOARD,
+    GSI_RTC,
+    GSI_SCI,
+    PCI_ECAM_BASE,
+    PCI_ECAM_SIZE,
+    PORT_ACPI_PM,
+    PORT_ACPI_PM_SIZE,
+    PORT_ACPI_RESET,
+    PORT_CMOS,
+    PORT_COM1,
+    PORT_COM2,
+    PORT_DEBUG_CONSOLE,
+    PORT_DEBUG_EXIT,
+    PORT_I8042_COMMAND,
+    PORT_I8042_DATA,
+    PORT_PCI_CONFIG_ADDRESS,
+    PORT_SYSTEM_CONTROL_A,
+)
+from kvmapp.memory import GuestMemory
+from kvmapp.virtio.pci import VirtioPci
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from kvmapp.config import InterfaceConfig
+    from kvmapp.net.backend import NetBackend
+
+SERIAL_PLACES = ((PORT_COM1, GSI_COM1), (PORT_COM2, GSI_COM2))
+
+
+class Machine:
+    """The hardware of one guest. `characters` are (name, CharBackend, section of the configuration) for each console."""
+    vm: "Any" = None
+    direct: "Any" = None
+
+    def __init__(self, config, files: dict[str, int] | None = None):
+        """Builds it, powered off. `files` are descriptors opened by others, by what they are for ('disk:vda', 'interface:0').
+
+        Raises KvmappError, and then nothing is left open.
+        """
+        self.config = config
+        self.files = files or {}
+        self.devices: list[Device] = []
+        self.cards: dict[str, VirtioPci] = {}
+        self.threads: list[IoThread] = []
+        self.characters: list[tuple] = []
+        self.debug_console: CharBackend | None = None
+        try:
+            self._open_kernel()
+            self._make_vm()
+            self._add_platform()
+            self._add_serial_ports()
+            self._add_disks()
+            self._add_interfaces()
+            self._add_virtio_extras()
+            self.pci.assign_resources()
+            self.vm.keep_initial()
+        except BaseException:
+            self.close()
+            raise
+
+    # Life.
+
+    def boot(self) -> None:
+        """Loads the kernel and points the first vCPU at it. Raises KvmappError."""
+        uuid = bytes.fromhex(self.config.uuid.replace("-", ""))
+        platform = Platform(self.topology, name=self.config.name, uuid=uuid, acpi=self.config.acpi,
+                            serial_ports=tuple(SERIAL_PLACES[serial.index] for serial in self.config.serials),
+                            pci_window64=self.window64)
+        self.vm.set_entry(self.direct.setup(self.memory, platform))
+
+    def resume(self) -> None:
+        """Starts the guest, or lets it go on."""
+        for device in self.devices:
+            device.resume()
+        for thread in self.threads:
+            thread.resume()
+        self.vm.resume()
+
+    def pause(self) -> None:
+        """Returns when nothing of the machine moves: no vCPU, no I/O in flight."""
+        self.vm.pause()
+        for device in self.devices:
+            device.pause()
+        for thread in self.threads:
+            thread.pause()
+
+    def reset(self) -> None:
+        """As after a power cycle; the machine is paused. `boot` comes next."""
+        for device in self.devices:
+            device.reset()
+        self.memory.clear()
+        self.vm.reset()
+        self.pci.assign_resources()
+
+    def close(self) -> None:
+        """Gives everything back to the host; a second call does nothing."""
+        if self.vm:
+            self.vm.close()
+        for device in self.devices:
+            device.close()
+        for thread in self.threads:
+            thread.close()
+        if self.direct:
+            self.direct.close()
+        self.devices.clear()
+        self.threads.clear()
+
+    # What the control thread asks of it.
+
+    @property
+    def power(self):
+        """Where the guest's wishes arrive."""
+        return self.vm.power
+
+    def press_power_button(self) -> None:
+        self.acpi_pm.press_power_button()
+
+    def resize_consoles(self, columns: int, rows: int) -> None:
+        for name, card in self.cards.items():
+            if name.startswith("console"):
+                card.device.resize(columns, rows)
+
+    def set_balloon(self, size: int) -> None:
+        """Asks the guest to use no more than `size` bytes. Raises Unsupported without a balloon."""
+        if "balloon" not in self.cards:
+            raise Unsupported(f"Domain '{self.config.name}' has no balloon", "add [balloon] to its file and start it anew")
+        self.cards["balloon"].device.inflate_to(self.memory.size - size)
+
+    def balloon_size(self) -> int:
+        """Bytes of memory that the guest has now."""
+        taken = self.cards["balloon"].device.actual if "balloon" in self.cards else 0
+        return self.memory.size - taken
+
+    def inventory(self) -> list[dict]:
+        """[{name, slot}] of the cards in the PCI bus."""
+        return [{"name": function.name, "slot": slot} for (slot, _), function in sorted(self.pci.slots().items())]
+
+    def stats(self) -> dict:
+        """Counters since the start: exits by reason, CPU time of each vCPU (ns), disks, cards."""
+        vcpus = [{"index": vcpu.index, "exits": vcpu.exit_counts(), "time": thread_time(vcpu.thread_number)}
+                 for vcpu in self.vm.vcpus]
+        return {"vcpus": vcpus, "balloon": self.balloon_size(),
+                "devices": {name: card.device.stats() for name, card in self.cards.items() if hasattr(card.device, "stats")}}
+
+    def crash_report(self) -> list[str]:
+        """Lines for the log: why KVM gave up, and every vCPU's registers. The machine is paused."""
+        lines = []
+        for vcpu in self.vm.vcpus:
+            registers = " ".join(f"{name}={value:#x}" for name, value in vcpu.registers().items())
+            lines += [f"vcpu {vcpu.index}: {vcpu.failure_text()}", f"vcpu {vcpu.index}: {registers}"]
+        return lines
+
+    # Building it, in this order.
+
+    def _open_kernel(self) -> None:
+        boot = self.config.boot
+        if boot.kernel is None:
+            raise GuestImageError(f"Domain '{self.config.name}' has nothing to boot", "give it a kernel: [boot] kernel = FILE")
+        self.direct = DirectBoot(boot.kernel, boot.initrd, boot.cmdline)
+
+    def _make_vm(self) -> None:
+        """Memory, chips of the kernel's, vCPUs."""
+        config, kvm = self.config, Kvm()
+        if config.vcpus > kvm.most_vcpus:
+            raise HostError(f"This host's KVM allows {kvm.most_vcpus} vCPUs, not {config.vcpus}", "lower the domain's vcpus")
+        self.memory = GuestMemory(config.memory)
+        self.vm = Vm(kvm, self.memory)
+        self.topology = Topology(config.vcpus)
+        supported = kvm.supported_cpuid()
+        for index in range(config.vcpus):
+            # A KVM that interprets guest code has an x2APIC that its few guests cannot use.
+            leaves = guest_cpuid(supported, self.topology, index, model=config.cpu, x2apic=not kvm.interprets,
+                                 tsc_deadline=kvm.has_tsc_deadline)
+            self.vm.add_vcpu(leaves, self.topology.apic_id(index))
+        bits = address_bits(leaves)
+        if sum(self.memory.ranges[-1]) > 1 << bits:
+            raise HostError(f"{config.memory >> 30} GiB of memory do not fit into the {bits} address bits of the guest's CPUs",
+                            "lower the domain's memory" + ("" if config.cpu == "host" else ", or set cpu = host"))
+        self.window64 = pci_window64(self.memory.ranges, bits)
+        self.io = self._thread("io")
+
+    def _add_platform(self) -> None:
+        """The chips that every PC has."""
+        config, pio, mmio, irqs = self.config, self.vm.pio, self.vm.mmio, self.vm.interrupts
+        reset_control = ResetControl("reset-control", self.power)
+        self.pci = PciHost("pci", pio, mmio, irqs, mmio64_base=self.window64[0] if self.window64 else 0, reset_control=reset_control)
+        self._place(self.pci, pio, PORT_PCI_CONFIG_ADDRESS, 8)
+        self._place(self.pci, mmio, PCI_ECAM_BASE, PCI_ECAM_SIZE, ECAM_OFFSET)
+        self._place(reset_control, pio, PORT_ACPI_RESET, 1)
+        self.vm.coalesce_port(PORT_PCI_CONFIG_ADDRESS, 4)
+        self._place(CmosRtc("rtc", irqs.line(GSI_RTC), self.io, memory=config.memory, vcpus=config.vcpus), pio, PORT_CMOS, 2)
+        keyboard = I8042("i8042", irqs.line(GSI_KEYBOARD), self.power)
+        self._place(keyboard, pio, PORT_I8042_DATA, 1, 0)
+        self._place(keyboard, pio, PORT_I8042_COMMAND, 1, 4)
+        self._place(Port92("port92", self.power), pio, PORT_SYSTEM_CONTROL_A, 1)
+        self.acpi_pm = AcpiPm("acpi-pm", irqs.line(GSI_SCI), self.power, self.io)
+        self._place(self.acpi_pm, pio, PORT_ACPI_PM, PORT_ACPI_PM_SIZE)
+        if config.debug.port_402:
+            self.debug_console = CharBackend("debug")
+            self._place(DebugPort("debug-port", self.debug_console), pio, PORT_DEBUG_CONSOLE, 1)
+        if config.debug.exit_port:
+            self._place(DebugExit("debug-exit", self.power), pio, PORT_DEBUG_EXIT, 4)
+
+    def _add_serial_ports(self) -> None:
+        for serial in self.config.serials:
+            port, gsi = SERIAL_PLACES[serial.index]
+            backend = self._character(f"serial{serial.index}", serial)
+            self._place(Ns16550(backend.name, self.vm.interrupts.line(gsi), backend), self.vm.pio, port, 8)
+
+    def _add_disks(self) -> None:
+        if self.config.disks:
+            from kvmapp.block.opening import open_disk
+            from kvmapp.virtio.blk import VirtioBlk
+        for disk in self.config.disks:
+            backend = open_disk(disk, self.files.get(f"disk:{disk.name}"))
+            self._plug(VirtioBlk(disk.name, self.memory, backend, serial=disk.serial or ""), self._thread(f"disk {disk.name}"))
+
+    def _add_interfaces(self) -> None:
+        if self.config.interfaces:
+            from kvmapp.virtio.net import VirtioNet
+        for interface in self.config.interfaces:
+            card = VirtioNet(f"net{interface.index}", self.memory, self._network(interface),
+                             bytes.fromhex(interface.mac.replace(":", "")), mtu=interface.mtu or 0)
+            self._plug(card, self._thread(f"net {interface.index}"))
+
+    def _network(self, interface: "InterfaceConfig") -> "NetBackend":
+        """The other end of a card's cable."""
+        if interface.type == "user":
+            from kvmapp.net.user import UserNet  # brings libslirp and glib
+            return UserNet(forwards=interface.forwards)
+        from kvmapp.net.tap import Tap
+        key = f"interface:{interface.index}"
+        if key in self.files:
+            return Tap(fd=self.files[key])
+        if interface.type != "tap":
+            raise Unsupported(f"Interface {interface.index} of type {interface.type} needs the daemon",
+                              "with kvmapp run, use --net tap=NAME or --net user")
+        return Tap(interface.target)
+
+    def _add_virtio_extras(self) -> None:
+        """Cards that are seldom busy share the machine's I/O thread."""
+        if self.config.rng:
+            from kvmapp.virtio.rng import VirtioRng
+            self._plug(VirtioRng("rng", self.memory), self.io)
+        for console in self.config.consoles:
+            from kvmapp.virtio.console import VirtioConsole
+            backend = self._character(f"console{console.index}", console)
+            self._plug(VirtioConsole(backend.name, self.memory, backend), self.io)
+        if self.config.balloon:
+            from kvmapp.virtio.balloon import VirtioBalloon
+            self._plug(VirtioBalloon("balloon", self.memory), self.io)
+
+    # The steps' tools.
+
+    def _place(self, device: Device, bus: Bus, base: int, size: int, offset: int = 0) -> None:
+        bus.map(base, size, device, offset)
+        if device not in self.devices:
+            self.devices.append(device)
+
+    def _plug(self, device, thread: IoThread) -> None:
+        """Puts a virtio device on a card in the next PCI slot; `thread` does its I/O."""
+        card = VirtioPci(device, self.vm.interrupts)
+        self.devices.append(card)
+        self.cards[device.name] = card
+        self.pci.attach(len(self.cards), card)
+        device.run_on(thread)
+
+    def _character(self, name: str, section) -> CharBackend:
+        backend = CharBackend(name)
+        if section.type == "null":
+            backend.discard(True)
+        self.characters.append((name, backend, section))
+        return backend
+
+    def _thread(self, name: str) -> IoThread:
+        thread = IoThread(name)
+        self.threads.append(thread)
+        return thread
+
+
+def preload_devices() -> None:
+    """Imports what a machine imports when its configuration asks for it; for a process that will make many machines."""
+    import kvmapp.block.opening
+    import kvmapp.net.tap
+    import kvmapp.virtio.balloon
+    import kvmapp.virtio.blk
+    import kvmapp.virtio.console
+    import kvmapp.virtio.net
+    import kvmapp.virtio.rng  # noqa: F401
+
+
+def thread_time(number: int) -> int:
+    """CPU time of one of our threads, ns (proc(5), schedstat)."""
+    try:
+        with open(f"/proc/self/task/{number}/schedstat") as file:
+            return int(file.read().split()[0])
+    except OSError:
+        return 0

@@ -1,0 +1,22 @@
+from libc.stdint cimport uint32_t, uint64_t
+
+from kvmapp.abi.posix cimport iovec
+
+cdef enum:
+    NET_HEADER = 12                  # bytes of virtio_net_hdr_v1 before each frame
+    LARGEST_FRAME = 65535 + 18       # a GSO frame with its Ethernet and VLAN headers
+
+
+cdef class NetBackend:
+    cdef readonly str name
+    cdef int fd
+    cdef readonly bint has_offloads
+    cdef readonly bint has_ufo
+
+    cdef ssize_t send(self, const iovec* vector, int count) noexcept nogil
+    cdef ssize_t receive(self, const iovec* vector, int count) noexcept nogil
+    cdef int set_offloads(self, uint32_t flags) noexcept nogil
+
+
+cdef class FrameDescriptor(NetBackend):
+    pass

@@ -1,0 +1,201 @@
+"""The part of a machine that lives in KVM, out of it and back: vCPU registers, FPU, MSRs, LAPIC, events; irqchip, PIT and clock.
+
+Documentation/virt/kvm/api.rst. A reset puts back what was saved right after creation; a snapshot uses the same dicts. An MSR that
+KVM lists and yet will not read or take is passed over (some hosts have such); anything else that it refuses is an error.
+"""
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from kvmapp.abi.kvm cimport (KVM_GET_CLOCK, KVM_GET_DEBUGREGS, KVM_GET_IRQCHIP, KVM_GET_LAPIC, KVM_GET_MP_STATE, KVM_GET_MSR_INDEX_LIST,
+                             KVM_GET_MSRS, KVM_GET_PIT2, KVM_GET_REGS, KVM_GET_SREGS, KVM_GET_VCPU_EVENTS, KVM_GET_XCRS, KVM_GET_XSAVE,
+                             KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_SET_CLOCK, KVM_SET_DEBUGREGS,
+                             KVM_SET_IRQCHIP, KVM_SET_LAPIC, KVM_SET_MP_STATE, KVM_SET_MSRS, KVM_SET_PIT2, KVM_SET_REGS, KVM_SET_SREGS,
+                             KVM_SET_VCPU_EVENTS, KVM_SET_XCRS, KVM_SET_XSAVE, kvm_clock_data, kvm_debugregs, kvm_irqchip,
+                             kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_pit_state2, kvm_regs, kvm_sregs,
+                             kvm_vcpu_events, kvm_xcrs, kvm_xsave)
+from kvmapp.abi.posix cimport errno, ioctl
+
+import os
+
+from kvmapp.errors import HostError
+from kvmapp.state import StateError, StateReader
+
+cdef enum:
+    MSR_IA32_TSC_DEADLINE = 0x6E0
+    MSR_BATCH = 512
+
+VCPU_VERSION = 1
+VM_VERSION = 1
+
+# (name, get, set, bytes), in the order in which KVM wants them back: the FPU needs XCR0, MSRs and LAPIC need the registers,
+# events come after all of them.
+BEFORE_MSRS = (
+    ("sregs", KVM_GET_SREGS, KVM_SET_SREGS, sizeof(kvm_sregs)),
+    ("xcrs", KVM_GET_XCRS, KVM_SET_XCRS, sizeof(kvm_xcrs)),
+    ("xsave", KVM_GET_XSAVE, KVM_SET_XSAVE, sizeof(kvm_xsave)),
+    ("regs", KVM_GET_REGS, KVM_SET_REGS, sizeof(kvm_regs)),
+    ("debugregs", KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, sizeof(kvm_debugregs)),
+    ("lapic", KVM_GET_LAPIC, KVM_SET_LAPIC, sizeof(kvm_lapic_state)),
+)
+AFTER_MSRS = (
+    ("events", KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, sizeof(kvm_vcpu_events)),
+    ("mp_state", KVM_GET_MP_STATE, KVM_SET_MP_STATE, sizeof(kvm_mp_state)),
+)
+IRQCHIPS = (("pic_master", KVM_IRQCHIP_PIC_MASTER), ("pic_slave", KVM_IRQCHIP_PIC_SLAVE), ("ioapic", KVM_IRQCHIP_IOAPIC))
+
+
+cpdef list msr_indexes(int kvm_fd):
+    """The MSRs that this KVM saves and restores (system ioctl KVM_GET_MSR_INDEX_LIST)."""
+    cdef kvm_msr_list probe
+    probe.nmsrs = 0
+    ioctl(kvm_fd, KVM_GET_MSR_INDEX_LIST, &probe)              # E2BIG, and the count
+    cdef kvm_msr_list* known = <kvm_msr_list*>calloc(1, sizeof(kvm_msr_list) + probe.nmsrs * sizeof(uint32_t))
+    if known == NULL:
+        raise MemoryError()
+    try:
+        known.nmsrs = probe.nmsrs
+        if ioctl(kvm_fd, KVM_GET_MSR_INDEX_LIST, known) < 0:
+            raise failed("KVM_GET_MSR_INDEX_LIST")
+        return [known.indices[i] for i in range(known.nmsrs)]
+    finally:
+        free(known)
+
+
+cpdef dict save_vcpu(int fd, list indexes):
+    """One paused vCPU's state. Raises HostError."""
+    state = {"version": VCPU_VERSION}
+    for name, get, _, size in BEFORE_MSRS + AFTER_MSRS:
+        state[name] = get_block(fd, name, get, size)
+    state["msrs"] = get_msrs(fd, indexes)
+    return state
+
+
+cpdef int restore_vcpu(int fd, dict state) except -1:
+    """Puts a paused vCPU back. Raises StateError for a state that is not one, HostError where KVM refuses."""
+    reader = StateReader("vcpu", state, VCPU_VERSION)
+    blocks = {name: reader.data(name, size, size) for name, _, _, size in BEFORE_MSRS + AFTER_MSRS}
+    msrs = reader.data("msrs", MSR_BATCH * 12)
+    reader.done()
+    for name, _, put, size in BEFORE_MSRS:
+        set_block(fd, name, put, blocks[name])
+    set_msrs(fd, msrs)
+    for name, _, put, size in AFTER_MSRS:
+        set_block(fd, name, put, blocks[name])
+    return 0
+
+
+cpdef dict save_vm(int fd):
+    """irqchip, PIT and kvmclock of a paused VM. Raises HostError."""
+    cdef kvm_irqchip chip
+    cdef kvm_clock_data clock
+    state = {"version": VM_VERSION}
+    for name, number in IRQCHIPS:
+        chip.chip_id = number
+        if ioctl(fd, KVM_GET_IRQCHIP, &chip) < 0:
+            raise failed("KVM_GET_IRQCHIP")
+        state[name] = (<char*>&chip)[:sizeof(chip)]
+    state["pit"] = get_block(fd, "pit", KVM_GET_PIT2, sizeof(kvm_pit_state2))
+    memset(&clock, 0, sizeof(clock))
+    if ioctl(fd, KVM_GET_CLOCK, &clock) < 0:
+        raise failed("KVM_GET_CLOCK")
+    state["clock"] = clock.clock
+    return state
+
+
+cpdef int restore_vm(int fd, dict state) except -1:
+    """Puts irqchip, PIT and kvmclock back. Raises StateError or HostError."""
+    cdef kvm_clock_data clock
+    reader = StateReader("vm", state, VM_VERSION)
+    chips = [reader.data(name, sizeof(kvm_irqchip), sizeof(kvm_irqchip)) for name, _ in IRQCHIPS]
+    pit = reader.data("pit", sizeof(kvm_pit_state2), sizeof(kvm_pit_state2))
+    memset(&clock, 0, sizeof(clock))
+    clock.clock = reader.uint("clock", 2**64 - 1)
+    reader.done()
+    for (name, number), chip in zip(IRQCHIPS, chips):
+        if int.from_bytes(chip[:4], "little") != number:
+            raise StateError(f"vm: '{name}' holds another chip's state")
+        set_block(fd, name, KVM_SET_IRQCHIP, chip)
+    set_block(fd, "pit", KVM_SET_PIT2, pit)
+    if ioctl(fd, KVM_SET_CLOCK, &clock) < 0:
+        raise failed("KVM_SET_CLOCK")
+    return 0
+
+
+cdef bytes get_block(int fd, str name, unsigned long request, uint32_t size):
+    cdef uint8_t block[8192]
+    if size > sizeof(block):
+        raise ValueError(f"{name}: {size} bytes")
+    memset(block, 0, sizeof(block))
+    if ioctl(fd, request, block) < 0:
+        raise failed(f"saving {name}")
+    return (<char*>block)[:size]
+
+
+cdef int set_block(int fd, str name, unsigned long request, bytes value) except -1:
+    cdef char* block = value
+    if ioctl(fd, request, block) < 0:
+        raise failed(f"restoring {name}")
+    return 0
+
+
+cdef bytes get_msrs(int fd, list indexes):
+    """(index u32, value u64) pairs of those MSRs that this KVM lets us read, little-endian."""
+    cdef kvm_msrs* batch = <kvm_msrs*>calloc(1, sizeof(kvm_msrs) + MSR_BATCH * sizeof(kvm_msr_entry))
+    cdef int done
+    if batch == NULL:
+        raise MemoryError()
+    left = list(indexes[:MSR_BATCH])
+    pairs = []
+    try:
+        while left:
+            batch.nmsrs = len(left)
+            for i, index in enumerate(left):
+                batch.entries[i].index = index
+            done = ioctl(fd, KVM_GET_MSRS, batch)
+            if done < 0:
+                raise failed("KVM_GET_MSRS")
+            pairs += [pack_msr(batch.entries[i].index, batch.entries[i].data) for i in range(done)]
+            del left[:done + 1]                                # the one after the last read is refused: leave it out
+        return b"".join(pairs)
+    finally:
+        free(batch)
+
+
+cdef int set_msrs(int fd, bytes pairs) except -1:
+    """Sets them in order, the TSC deadline last (it is relative to the TSC); an MSR that KVM refuses is passed over."""
+    if len(pairs) % 12:
+        raise StateError("vcpu: 'msrs' is not made of 12-byte pairs")
+    cdef kvm_msrs* batch = <kvm_msrs*>calloc(1, sizeof(kvm_msrs) + MSR_BATCH * sizeof(kvm_msr_entry))
+    cdef int done
+    if batch == NULL:
+        raise MemoryError()
+    left = [(int.from_bytes(pairs[i:i + 4], "little"), int.from_bytes(pairs[i + 4:i + 12], "little"))
+            for i in range(0, len(pairs), 12)]
+    left.sort(key=is_deadline)
+    try:
+        while left:
+            batch.nmsrs = len(left)
+            for i, (index, value) in enumerate(left):
+                batch.entries[i].index = index
+                batch.entries[i].data = value
+            done = ioctl(fd, KVM_SET_MSRS, batch)
+            if done < 0:
+                raise failed("KVM_SET_MSRS")
+            del left[:done + 1]
+        return 0
+    finally:
+        free(batch)
+
+
+def is_deadline(pair):
+    return pair[0] == MSR_IA32_TSC_DEADLINE
+
+
+cdef bytes pack_msr(uint32_t index, uint64_t value):
+    return index.to_bytes(4, "little") + value.to_bytes(8, "little")
+
+
+cdef object failed(str what):
+    code = errno
+    return HostError(f"KVM refuses {what}: {os.strerror(code)}")
