@@ -1,0 +1,57 @@
+"""Which verbs there are, by the groups that `help` shows, and which module of this folder has each: no other is imported for it.
+
+A test holds this to what the modules say.
+"""
+from __future__ import annotations
+
+from kvmapp.cli.table import VERBS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kvmapp.cli.table import Verb
+
+# keyword of the group: its title, and module → verbs
+GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
+    "domain": ("Domain Management", {
+        "lifecycle": ("autostart", "destroy", "reboot", "reset", "resume", "shutdown", "start", "suspend", "wait"),
+        "definition": ("create", "define", "desc", "domrename", "dumpconf", "dumpxml", "undefine"),
+        "editing": ("edit",),
+        "identity": ("domid", "domname", "domuuid"),
+        "resources": ("setmaxmem", "setmem", "setvcpus", "vcpucount", "vcpuinfo"),
+        "console": ("console", "ttyconsole"),
+    }),
+    "monitor": ("Domain Monitoring", {
+        "listing": ("list",),
+        "monitor": ("domblklist", "domiflist", "dominfo", "domjobinfo", "domlog", "domstate"),
+        "stats": ("domstats",),
+        "top": ("top",),
+        "addresses": ("domifaddr", "domifstat"),
+    }),
+    "events": ("Domain Events", {
+        "events": ("event",),
+    }),
+    "network": ("Networking", {
+        "network": ("net-autostart", "net-define", "net-destroy", "net-dhcp-leases", "net-dumpconf", "net-edit", "net-info", "net-list",
+                    "net-name", "net-start", "net-undefine", "net-update", "net-uuid"),
+    }),
+    "host": ("Host and Hypervisor", {
+        "host": ("capabilities", "hostname", "nodecpustats", "nodeinfo", "nodememstats", "reload", "uri", "version"),
+    }),
+    "kvmappctl": ("kvmappctl itself", {
+        "shell": ("cd", "connect", "echo", "exit", "pwd", "quit"),
+        "help": ("help",),
+    }),
+}
+GROUP_ALIASES = {"virsh": "kvmappctl"}
+HIDDEN = {"complete": "complete"}           # for the shells' completion, not for people
+
+MODULES = {name: module for _, modules in GROUPS.values() for module, names in modules.items() for name in names} | HIDDEN
+
+
+def find(name: str) -> Verb | None:
+    """The verb of this name; imports its module."""
+    module = MODULES.get(name)
+    if module is None:
+        return None
+    __import__(f"kvmapp.cli.{module}")
+    return VERBS[name]

@@ -1,0 +1,185 @@
+"""A domain's control socket: one JSON object a line, answered in the control thread, so that nothing ever waits for a lock.
+
+    → {"id": 1, "verb": "status"}                              ← {"id": 1, "ok": {...}}
+    → {"id": 2, "verb": "setmem", "bytes": 268435456}          ← {"id": 2, "error": {"code": ..., "message": ..., "hint": ...}}
+    → {"id": 3, "verb": "subscribe"}                           ← {"id": 3, "ok": {}}, then {"event": {...}} lines
+    → {"id": 4, "verb": "console", "device": "serial0"}        ← {"id": 4, "ok": {...}}, then bytes of the console both ways
+
+The daemon and the CLI's console are its clients. A client that leaves too much unread loses its connection; it never holds the
+domain up. Left out: who may connect is a matter of the socket file's owner and mode.
+"""
+import json
+import os
+import socket
+import struct
+
+from kvmapp.errors import BadRequest, KvmappError
+from kvmapp.loop import READ, WRITE, Loop
+
+LINE_MOST = 1 << 20                 # bytes of one request
+BACKLOG_MOST = 4 << 20              # bytes that a client may leave unread
+
+
+class ControlServer:
+    """Accepts clients on a listening UNIX socket and calls `verbs[verb](connection, request) -> dict`."""
+
+    def __init__(self, loop: Loop, listener: socket.socket, verbs: dict):
+        self.loop = loop
+        self.listener = listener
+        self.verbs = verbs
+        self.connections: set[Connection] = set()
+        listener.setblocking(False)
+        loop.watch(listener.fileno(), self.accept)
+
+    def publish(self, event: dict) -> None:
+        """Sends an event to every subscriber."""
+        for connection in [connection for connection in self.connections if connection.subscribed]:
+            connection.send({"event": event})
+
+    def close(self) -> None:
+        """Hands out what is still unsent as far as it goes, and closes every connection."""
+        self.loop.unwatch(self.listener.fileno())
+        for connection in list(self.connections):
+            connection.flush()
+            connection.close()
+        self.listener.close()
+
+    def accept(self, _events: int) -> None:
+        try:
+            client, _ = self.listener.accept()
+        except OSError:                 # gone again, or out of descriptors: the next client is served when there are some
+            return
+        self.connections.add(Connection(self, client))
+
+
+class Connection:
+    """One client. After `attach` its bytes belong to a console port and are no longer lines."""
+
+    def __init__(self, server: ControlServer, client: socket.socket):
+        self.server = server
+        self.socket = client
+        self.fd = client.fileno()
+        self.input = bytearray()
+        self.output = bytearray()
+        self.subscribed = False
+        self.port = None
+        client.setblocking(False)
+        self.peer = peer_of(client)
+        server.loop.watch(self.fd, self.ready)
+
+    def send(self, message: dict) -> None:
+        self.send_bytes(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+
+    def send_bytes(self, data: bytes) -> None:
+        """Sends now what the client takes, keeps the rest; a client that leaves too much unread is let go."""
+        self.output += data
+        self.flush()
+        if len(self.output) > BACKLOG_MOST:
+            self.close()
+
+    def attach(self, port) -> None:
+        """From now on the connection carries a console."""
+        self.port = port
+        if self.input:
+            port.type(bytes(self.input))
+            self.input.clear()
+
+    def close(self) -> None:
+        """A second call does nothing."""
+        if self in self.server.connections:
+            self.server.connections.discard(self)
+            self.server.loop.unwatch(self.fd)
+            self.socket.close()
+            if self.port:
+                self.port.detach(self)
+
+    def ready(self, events: int) -> None:
+        if events & WRITE:
+            self.flush()
+        if events & ~WRITE:
+            self.receive()
+
+    def receive(self) -> None:
+        try:
+            data = self.socket.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+        elif self.port:
+            self.port.type(data)
+        else:
+            self.input += data
+            self.serve_lines()
+
+    def serve_lines(self) -> None:
+        while self.port is None and (end := self.input.find(b"\n")) >= 0:
+            line = bytes(self.input[:end])
+            del self.input[:end + 1]
+            if line.strip():
+                self.serve(line)
+        if len(self.input) > LINE_MOST:
+            self.close()
+
+    def serve(self, line: bytes) -> None:
+        number = None
+        try:
+            request = parse(line)
+            number = request.get("id")
+            verb = self.server.verbs.get(request["verb"])
+            if verb is None:
+                raise BadRequest(f"unknown verb {request['verb']!r}", f"known: {', '.join(sorted(self.server.verbs))}")
+            answer = verb(self, request)
+        except KvmappError as error:
+            self.send({"id": number, "error": error.to_dict()})
+            return
+        port = answer.pop("attach", None)
+        self.send({"id": number, "ok": answer})
+        if port:
+            port.attach(self)
+            self.attach(port)
+
+    def flush(self) -> None:
+        try:
+            while self.output:
+                del self.output[:self.socket.send(self.output)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.output.clear()         # the client is gone; `receive` sees it and closes
+        if self in self.server.connections:
+            self.server.loop.watch(self.fd, self.ready, READ | WRITE if self.output else READ)
+
+
+def parse(line: bytes) -> dict:
+    """One request. Raises BadRequest."""
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError):
+        raise BadRequest("not a JSON object a line") from None
+    if not isinstance(request, dict) or not isinstance(request.get("verb"), str):
+        raise BadRequest("a request is a JSON object with a 'verb'")
+    return request
+
+
+def peer_of(client: socket.socket) -> dict:
+    """{pid, uid} of the process at the other end (SO_PEERCRED, socket(7))."""
+    pid, uid, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return {"pid": pid, "uid": uid}
+
+
+def listen(path: str, mode: int = 0o600) -> socket.socket:
+    """A listening socket at `path`, in the place of a dead one. Raises OSError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        if os.path.exists(path):
+            os.unlink(path)
+        listener.bind(path)
+        os.chmod(path, mode)
+        listener.listen(64)
+    except OSError:
+        listener.close()
+        raise
+    return listener

@@ -1,0 +1,157 @@
+"""Domains marked by autostart, started once after each boot of the host, in their order, when what they need is there.
+
+A domain whose disk or bridge is not there yet waits, and says for what, while the others go on; it is started as soon as
+everything is there. Somebody who starts it by hand ends its waiting. Networks marked by autostart come before domains.
+"""
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+
+from kvmapp.daemon.starting import start
+from kvmapp.daemon.taps import is_bridge
+from kvmapp.errors import KvmappError
+from kvmapp.hostinfo import boot_id
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kvmapp.config import DomainConfig
+    from kvmapp.daemon.domain import Domain
+    from kvmapp.daemon.supervisor import Supervisor
+
+log = logging.getLogger("kvmapp")
+LOOK_AGAIN = 1.0                        # seconds between two looks at what is missing
+
+
+class Autostart:
+    def __init__(self, supervisor: Supervisor):
+        self.supervisor = supervisor
+        self.state = "none"
+        self.started: list[str] = []
+        self.failed: dict[str, str] = {}
+        self.waiting: dict[str, Domain] = {}
+        self.handled: list[str] = []
+        self.note = os.path.join(supervisor.paths.run, "autostarted")
+
+    def begin(self) -> None:
+        """Once a boot. The note in /run says which boot it was and who has had his turn, so a daemon that is killed while
+        domains wait leaves the rest to the next one.
+        """
+        try:
+            with open(self.note) as file:
+                noted = json.load(file)
+            self.handled = [str(name) for name in noted["handled"]] if noted["boot"] == boot_id() else []
+            if noted["boot"] == boot_id() and noted["done"]:
+                return
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        self.write_note(False)
+        self.state = "running"
+        self.supervisor.run(self.start_all(), "autostart")
+
+    def write_note(self, done: bool) -> None:
+        try:
+            with open(f"{self.note}.new", "w") as file:
+                json.dump({"boot": boot_id(), "handled": self.handled, "done": done}, file)
+            os.rename(f"{self.note}.new", self.note)
+        except OSError as error:
+            log.warning("autostart: cannot write %s: %s", self.note, error.strerror)
+
+    async def start_all(self) -> None:
+        for domain in self.in_order():
+            config = domain.config
+            missing = await self.missing_of(config) if config else []
+            if missing:
+                self.wait_for(domain, missing)
+            elif config and await self.start_one(domain):
+                await asyncio.sleep(config.autostart_delay)
+        while self.waiting:
+            await asyncio.sleep(LOOK_AGAIN)
+            await self.look_again()
+        self.state = "done"
+        self.write_note(True)
+
+    def in_order(self) -> list[Domain]:
+        supervisor = self.supervisor
+        for name in supervisor.store.autostarted - set(self.handled):
+            stored = supervisor.store.files.get(name)
+            if stored is None or stored.config is None:
+                self.fail(name, str(stored.error) if stored and stored.error else "there is no such domain")
+        marked = [domain for domain in supervisor.domains.values()
+                  if domain.name in supervisor.store.autostarted and domain.name not in self.handled
+                  and domain.config and not domain.active]
+        return sorted(marked, key=lambda domain: (domain.config.autostart_order if domain.config else 0, domain.name))
+
+    async def missing_of(self, config: DomainConfig) -> list[str]:
+        networks = self.supervisor.networks
+        return await asyncio.to_thread(what_is_missing, config) + [
+            f"network {card.source}" for card in config.interfaces if card.type == "network" and not networks.is_active(card.source)]
+
+    def wait_for(self, domain: Domain, missing: list[str]) -> None:
+        log.info("autostart: domain '%s' waits for %s", domain.name, ", ".join(missing))
+        domain.waiting = {"since": time.time(), "missing": missing}
+        self.waiting[domain.name] = domain
+        self.supervisor.events.publish("autostart", domain.name, uuid=domain.uuid, type="waiting", detail=", ".join(missing))
+
+    async def look_again(self) -> None:
+        for name, domain in list(self.waiting.items()):
+            config = domain.config
+            if domain.active or config is None or name not in self.supervisor.store.autostarted:
+                self.stop_waiting(name)
+                continue
+            missing = await self.missing_of(config)
+            if not missing:
+                self.stop_waiting(name)
+                if await self.start_one(domain):
+                    await asyncio.sleep(config.autostart_delay)
+            elif domain.waiting and missing != domain.waiting["missing"]:
+                domain.waiting = {**domain.waiting, "missing": missing}
+
+    def stop_waiting(self, name: str) -> None:
+        self.waiting.pop(name).waiting = None
+        self.handle(name)
+
+    def handle(self, name: str) -> None:
+        """It has had its turn."""
+        self.handled.append(name)
+        self.write_note(False)
+
+    async def start_one(self, domain: Domain) -> bool:
+        if domain.active:
+            return False
+        try:
+            await start(self.supervisor, domain, "autostart")
+        except KvmappError as error:
+            self.fail(domain.name, str(error))
+            return False
+        log.info("autostart: domain '%s' started", domain.name)
+        self.started.append(domain.name)
+        self.handle(domain.name)
+        self.supervisor.events.publish("autostart", domain.name, uuid=domain.uuid, type="started")
+        return True
+
+    def fail(self, name: str, why: str) -> None:
+        log.error("autostart: domain '%s' is not started: %s", name, why)
+        self.failed[name] = why
+        self.handle(name)
+        self.supervisor.events.publish("autostart", name, type="failed", detail=why)
+
+    def to_dict(self) -> dict[str, object]:
+        return {"state": self.state, "started": self.started, "failed": self.failed,
+                "waiting": {name: domain.waiting for name, domain in self.waiting.items()}}
+
+
+def what_is_missing(config: DomainConfig) -> list[str]:
+    """In words: what the domain cannot be started without and what may still come (a file server, a bridge)."""
+    missing = [f"disk {disk.name} ({disk.source})" for disk in config.disks if not os.path.exists(disk.source)]
+    missing += [f"{what} ({path})" for what, path in (("kernel", config.boot.kernel), ("initrd", config.boot.initrd))
+                if path is not None and not os.path.exists(path)]
+    for interface in config.interfaces:
+        if interface.type == "bridge" and not is_bridge(interface.source or ""):
+            missing.append(f"bridge {interface.source}")
+        elif interface.type == "tap" and not os.path.exists(f"/sys/class/net/{interface.target}"):
+            missing.append(f"tap {interface.target}")
+    return missing

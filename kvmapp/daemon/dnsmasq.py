@@ -1,0 +1,268 @@
+"""DHCP, router advertisements and DNS of one network: one dnsmasq(8) a network, its files, its life and its leases.
+
+dnsmasq goes into the background by itself, so it outlives the daemon; the pid in its file, checked against the command line, finds
+it again. Names: a guest is known by its domain's name, a [host] by its heading, whatever it calls itself. Left out: TFTP, DNSSEC.
+"""
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from contextlib import suppress
+
+from kvmapp.daemon.hostnet import run
+from kvmapp.errors import ConfigError, HostError
+from kvmapp.values import DomainName
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kvmapp.hostconfig import NetworkConfig
+
+STOP_PATIENCE = 3.0                     # seconds between SIGTERM and SIGKILL
+LEASES_LIMIT = 4 << 20
+
+
+class Files:
+    """Where the dnsmasq of one network has its files: RUN for what ends with it, STATE for the leases."""
+    __slots__ = ("config", "hosts", "leases", "names", "pid")
+
+    def __init__(self, run_folder: str, state_folder: str, stem: str):
+        self.config, self.pid, self.hosts, self.names = (os.path.join(run_folder, f"{stem}.{kind}")
+                                                         for kind in ("dnsmasq", "pid", "hosts", "names"))
+        self.leases = os.path.join(state_folder, f"{stem}.leases")
+
+    def remove(self) -> None:
+        for path in (self.config, self.pid, self.hosts, self.names):
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+class Lease:
+    """One line of dnsmasq's file; `expires` 0 is never."""
+    __slots__ = ("address", "client", "expires", "mac", "name")
+
+    def __init__(self, expires: float, mac: str | None, address: str, name: str | None, client: str | None):
+        self.expires, self.mac, self.address, self.name, self.client = expires, mac, address, name, client
+
+
+def is_wanted(live: NetworkConfig) -> bool:
+    """A network without DHCP, advertisements and DNS needs no dnsmasq."""
+    return live.mode != "bridge" and (bool(live.ipv4 and live.ipv4.dhcp) or bool(live.ipv6) or bool(live.hosts)
+                                      or bool(live.ipv4 and live.dns.enabled))
+
+
+# Its files.
+
+def config_text(live: NetworkConfig, files: Files) -> str:
+    lines = [f"# Network {live.name}: made at each start from its file; do not edit.",
+             f"pid-file={files.pid}", "bind-dynamic", "except-interface=lo", f"interface={live.bridge}", "no-hosts",
+             f"addn-hosts={files.names}", *dns_lines(live)]
+    ranges = dhcp4_lines(live) + dhcp6_lines(live)
+    if ranges:
+        lines += [f"dhcp-leasefile={files.leases}", f"dhcp-hostsfile={files.hosts}", f"dhcp-lease-max={lease_limit(live)}",
+                  "dhcp-no-override", "dhcp-authoritative", "no-ping", *ranges]      # no-ping: or an offer takes 3 s
+    return "\n".join(lines) + "\n"
+
+
+def lease_limit(live: NetworkConfig) -> int:
+    from ipaddress import ip_address
+    total = len(live.hosts)
+    for part in (live.ipv4, live.ipv6):
+        if part and part.dhcp:
+            first, last = (int(ip_address(end)) for end in part.dhcp.split(" - "))
+            total += last - first + 1
+    return max(1, min(total, 65536))
+
+
+def dns_lines(live: NetworkConfig) -> list[str]:
+    if not live.dns.enabled:
+        return ["port=0", *(f"dhcp-option=option{'6' if ':' in server else ''}:dns-server,{bracketed(server)}"
+                            for server in live.dns.forwarders)]
+    lines = ["domain-needed", f"local=/{live.domain or ''}/"]
+    if live.domain:
+        lines += [f"domain={live.domain}", "expand-hosts"]
+    if live.dns.forwarders:
+        lines += ["no-resolv", *(f"server={server}" for server in live.dns.forwarders)]
+    elif live.mode == "isolated":
+        lines.append("no-resolv")       # else it would be a way out for what guests put into names
+    return lines
+
+
+def bracketed(address: str) -> str:
+    return f"[{address}]" if ":" in address else address
+
+
+def dhcp4_lines(live: NetworkConfig) -> list[str]:
+    from ipaddress import ip_interface
+    if not live.ipv4 or not (live.ipv4.dhcp or any(host.ipv4 for host in live.hosts)):
+        return []
+    network = ip_interface(live.ipv4.address).network
+    ends = live.ipv4.dhcp.replace(" - ", ",") if live.ipv4.dhcp else f"{network.network_address},static"
+    lines = [f"dhcp-range={ends},{network.netmask},{live.ipv4.lease}"]
+    if live.mode == "isolated":
+        lines.append("dhcp-option=option:router")       # without an address: there is no way out
+    if live.mtu is not None:
+        lines.append(f"dhcp-option=option:mtu,{live.mtu}")
+    return lines
+
+
+def dhcp6_lines(live: NetworkConfig) -> list[str]:
+    """Guests learn of the prefix and of us by advertisements, with DHCP or without."""
+    from ipaddress import ip_interface
+    if not live.ipv6:
+        return []
+    network = ip_interface(live.ipv6.address).network
+    lease = live.ipv4.lease if live.ipv4 else 3600
+    if live.ipv6.dhcp:
+        lines = [f"dhcp-range={live.ipv6.dhcp.replace(' - ', ',')},{network.prefixlen},{lease}"]
+    elif any(host.ipv6 for host in live.hosts):
+        lines = [f"dhcp-range={network.network_address},static,{network.prefixlen},{lease}"]
+    else:
+        lines = [f"dhcp-range={network.network_address},ra-only,{network.prefixlen}"]
+    if live.mode == "isolated":
+        lines.append(f"ra-param={live.bridge},0,0")     # the prefix, but no router
+    return [*lines, "enable-ra"]
+
+
+def hosts_text(live: NetworkConfig, members: Iterable[tuple[str, str]]) -> str:
+    """dhcp-hostsfile: fixed addresses, and the names of running domains by (MAC, name)."""
+    lines = []
+    macs, names = {host.mac for host in live.hosts}, {host.name for host in live.hosts}
+    for host in live.hosts:
+        lines.append(",".join(filter(None, (host.mac, host.ipv4, host.ipv6 and f"[{host.ipv6}]", host.name))))
+    for mac, name in members:
+        if mac not in macs and name.lower() not in names and is_label(name):
+            macs.add(mac)
+            names.add(name.lower())
+            lines.append(f"{mac},{name.lower()}")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def names_text(live: NetworkConfig) -> str:
+    """addn-hosts: a [host] has its name before it ever asked for an address."""
+    return "".join(f"{address} {host.name}\n" for host in live.hosts for address in (host.ipv4, host.ipv6) if address)
+
+
+def is_label(name: str) -> bool:
+    """Not every domain's name is one that DNS can bear."""
+    try:
+        DomainName().parse(name)
+    except ValueError:
+        return False
+    return "." not in name
+
+
+def write(path: str, text: str) -> bool:
+    """Whole or not at all; read by dnsmasq's own user. Returns whether it is another text now."""
+    try:
+        with open(path) as file:
+            if file.read() == text:
+                return False
+    except OSError:
+        pass
+    try:
+        with open(f"{path}.new", "w") as file:
+            os.fchmod(file.fileno(), 0o644)
+            file.write(text)
+        os.rename(f"{path}.new", path)
+    except OSError as error:
+        raise ConfigError(f"Cannot write the file: {error.strerror}", file=path) from None
+    return True
+
+
+# Its life.
+
+def start(live: NetworkConfig, files: Files, members: Iterable[tuple[str, str]]) -> None:
+    """Returns when it has its sockets. Raises HostError with what dnsmasq said."""
+    stop(files)
+    write(files.config, config_text(live, files))
+    write(files.hosts, hosts_text(live, members))
+    write(files.names, names_text(live))
+    try:
+        run(["dnsmasq", f"--conf-file={files.config}"], f"start DHCP and DNS of network '{live.name}'")
+    except HostError as error:
+        if "in use" in error.message:
+            error.hint = "another DNS or DHCP server takes every address of this host: ss -lnup 'sport = 53 or sport = 67'"
+        raise
+
+
+def tell(live: NetworkConfig, files: Files, members: Iterable[tuple[str, str]]) -> None:
+    """Fixed addresses and names as they are now; it reads them on SIGHUP."""
+    changed = write(files.hosts, hosts_text(live, members)) | write(files.names, names_text(live))
+    pid = pid_of(files)
+    if changed and pid:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGHUP)
+
+
+def stop(files: Files) -> None:
+    """Ends it and waits for its end. Leases stay."""
+    pid = pid_of(files)
+    if not pid:
+        return
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        waiter = select.poll()
+        waiter.register(handle, select.POLLIN)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            signal.pidfd_send_signal(handle, number)
+            if waiter.poll(STOP_PATIENCE * 1000):
+                return
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(handle)
+
+
+def pid_of(files: Files) -> int:
+    """Of the dnsmasq that runs with this configuration; 0 when there is none."""
+    try:
+        with open(files.pid) as file:
+            pid = int(file.read())
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return pid if f"--conf-file={files.config}".encode() in file.read().split(b"\0") else 0
+    except (OSError, ValueError):
+        return 0
+
+
+# Its leases.
+
+def read_leases(files: Files) -> list[Lease]:
+    """Those that are valid now."""
+    try:
+        with open(files.leases, errors="replace") as file:
+            return parse_leases(file.read(LEASES_LIMIT), time.time())
+    except OSError:
+        return []
+
+
+def parse_leases(text: str, now: float) -> list[Lease]:
+    """`expiry mac address name client`; after the line `duid ...` IPv6 ones, with an association's number in the MAC's place."""
+    leases = []
+    version6 = False
+    for line in text.splitlines():
+        words = line.split()
+        if words[:1] == ["duid"]:
+            version6 = True
+        if len(words) != 5 or not words[0].isdigit():
+            continue
+        expires, mac, address, name, client = int(words[0]), words[1], words[2], words[3], words[4]
+        if expires and expires < now:
+            continue
+        mac_there = mac_of_duid(client) if version6 else mac.rpartition("-")[2].lower()
+        leases.append(Lease(expires, mac_there, address, None if name == "*" else name, None if client == "*" else client))
+    return leases
+
+
+def mac_of_duid(duid: str) -> str | None:
+    """DUIDs of RFC 8415 11.2 and 11.4 end in the Ethernet address."""
+    parts = duid.lower().split(":")
+    if parts[:4] in (["00", "01", "00", "01"], ["00", "03", "00", "01"]) and len(parts) in (14, 10):
+        return ":".join(parts[-6:])
+    return None

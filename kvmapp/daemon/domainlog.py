@@ -1,0 +1,76 @@
+"""A domain's log, /var/log/kvmapp/NAME.log: opened here as root, appended to by the domain process, set aside by size.
+
+The domain process may outlive the daemon and holds the file open, so a log that grows too large while the domain runs is copied
+to NAME.log.1 and cut: with O_APPEND the writer goes on at the new end. What a full disk costs is lines, never a guest.
+"""
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+
+BLOCK = 1 << 20
+
+
+def open_log(path: str, limit: int, backups: int) -> int:
+    """A descriptor for the domain; of /dev/null when the file cannot be written. Sets an over-long log aside first."""
+    rotate(path, limit, backups, in_use=False)
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+    except OSError:
+        return os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
+
+
+def write_line(fd: int, text: str) -> None:
+    """One entry; the lines of its text after the first are indented, so that each entry begins with its time."""
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+    with suppress(OSError):  # a full disk
+        os.write(fd, f"{stamp}+0000: {text}\n".replace("\n", "\n\t", text.count("\n")).encode("utf-8", "replace"))
+
+
+def append(path: str, text: str) -> None:
+    """A line by the daemon itself, when the domain process no longer writes."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return
+    write_line(fd, text)
+    os.close(fd)
+
+
+def rotate(path: str, limit: int, backups: int, *, in_use: bool) -> None:
+    with suppress(OSError):  # no room for a copy: the log grows on until there is
+        if os.stat(path).st_size < limit:
+            return
+        for number in range(backups, 1, -1):
+            if os.path.exists(f"{path}.{number - 1}"):
+                os.rename(f"{path}.{number - 1}", f"{path}.{number}")
+        if not backups:
+            os.truncate(path, 0)
+        elif in_use:
+            copy_and_cut(path, f"{path}.1")
+        else:
+            os.rename(path, f"{path}.1")
+
+
+def copy_and_cut(path: str, backup: str) -> None:
+    with open(path, "rb") as log, open(backup, "wb", opener=private) as copy:
+        while data := log.read(BLOCK):
+            copy.write(data)
+    os.truncate(path, 0)
+
+
+def private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+
+
+def last_lines(path: str, count: int) -> list[str]:
+    """The log's end."""
+    try:
+        with open(path, "rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(0, size - 400 * count))
+            lines = log.read().decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return (lines if size <= 400 * count else lines[1:])[-count:]

@@ -1,0 +1,314 @@
+"""One domain process as the daemon sees it: a connection to its control socket, its pid, and whether it answers.
+
+control.py has the protocol. A guest may have taken its domain process over, so whatever comes from there is checked before it is
+believed, is bounded in size, and is never waited for without an end. A process that does not answer is `silent`: everything else
+goes on, and `kill` works without it.
+"""
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import time
+from contextlib import suppress
+
+from kvmapp.client import connect
+from kvmapp.errors import KvmappError, NoResponse, error_from_dict
+from kvmapp.values import is_plain
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LINE_LIMIT = 4 << 20
+ANSWER_TIMEOUT = 5.0
+CHECK_TIMEOUT = 2.0                     # of the heartbeat: a domain's control thread has little else to do than to answer
+LAST_BREATH = 0.1                       # between the end of a process's sockets and its own
+# What a domain process calls its state, and what virsh does.
+STATES = {"starting": "paused", "running": "running", "paused": "paused", "shutting down": "in shutdown",
+          "in shutdown": "in shutdown", "crashed": "crashed", "shut off": "in shutdown"}
+
+
+class ControlLink(asyncio.Protocol):
+    """Lines of JSON: answers to our numbered requests, and events."""
+
+    def __init__(self, on_event: Callable[[dict], None], on_lost: Callable[[], None]):
+        self.on_event, self.on_lost = on_event, on_lost
+        self.answers: dict[int, asyncio.Future[dict]] = {}
+        self.buffer = bytearray()
+        self.count = 0
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.buffer += data
+        while (end := self.buffer.find(b"\n")) >= 0:
+            line = bytes(self.buffer[:end])
+            del self.buffer[:end + 1]
+            self.hear(line)
+        if len(self.buffer) > LINE_LIMIT:
+            self.close()
+
+    def hear(self, line: bytes) -> None:
+        try:
+            message = json.loads(line)
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            self.close()
+        elif isinstance(message.get("event"), dict):
+            self.on_event(message["event"])
+        else:
+            answer = self.answers.get(message["id"]) if isinstance(message.get("id"), int) else None
+            if answer is not None and not answer.done():
+                answer.set_result(message)
+
+    def connection_lost(self, _error) -> None:
+        self.transport = None
+        for answer in self.answers.values():
+            if not answer.done():
+                answer.set_exception(ConnectionResetError("the domain process closed its control socket"))
+        self.on_lost()
+
+    def close(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+    async def ask(self, verb: str, timeout: float, arguments: dict) -> dict:
+        """The answer. Raises KvmappError as the domain says, TimeoutError, ConnectionResetError."""
+        if self.transport is None:
+            raise ConnectionResetError
+        self.count += 1
+        number = self.count
+        answer = self.answers[number] = asyncio.get_running_loop().create_future()
+        try:
+            self.transport.write(json.dumps({"id": number, "verb": verb, **arguments}).encode() + b"\n")
+            message = await asyncio.wait_for(answer, timeout)
+        finally:
+            del self.answers[number]
+        if isinstance(message.get("error"), dict):
+            raise error_from_dict(message["error"])
+        ok = message.get("ok")
+        return ok if isinstance(ok, dict) else {}
+
+
+class DomainProcess:
+    """`changed()` is called when what it says of itself changed, `gone()` once, when the process has ended."""
+
+    def __init__(self, name: str, control: str, changed: Callable[[], None], gone: Callable[[], None]):
+        self.name, self.control, self.changed, self.gone = name, control, changed, gone
+        self.pid = 0
+        self.start_time = 0                     # tells a pid from its reuse; clock ticks since the host's boot
+        self.pidfd = -1
+        self.link: ControlLink | None = None
+        self.status: dict = {}
+        self.state, self.reason = "paused", "starting up"
+        self.since = time.time()
+        self.silent = False
+        self.ended = False
+        self.over = asyncio.Event()             # the process has ended
+
+    # Getting hold of it.
+
+    async def connect(self) -> bool:
+        """Connects to the control socket and learns the pid. False: nobody is behind it. A full backlog counts as silence."""
+        try:
+            connection = connect(self.control, 0)
+        except BlockingIOError:
+            self.set_silent(True)
+            return True
+        except OSError:
+            return False
+        peer = socket.socket(fileno=connection.detach())
+        self.meet(peer)
+        link = ControlLink(self.hear, self.lost)
+        await asyncio.get_running_loop().create_connection(lambda: link, sock=peer)
+        self.link = link
+        return True
+
+    def meet(self, peer: socket.socket) -> None:
+        """The pid of the process that listens, as the kernel tells it. Before the domain process has listened itself, that is a
+        daemon's, perhaps of one that is long gone; so what bears another name is nobody of ours.
+        """
+        pid = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        if not self.pid and title_of(pid) == f"kvmapp: {self.name}":
+            self.watch(pid)
+
+    def watch(self, pid: int, start_time: int = 0) -> None:
+        """Notices when this process ends, whoever its parent is."""
+        self.pid, self.start_time = pid, start_time or start_time_of(pid)
+        try:
+            self.pidfd = os.pidfd_open(pid)
+        except (OSError, AttributeError):
+            return                              # an old kernel, or gone: `check` looks at /proc instead
+        if start_time_of(pid) != self.start_time or not self.start_time:
+            os.close(self.pidfd)                # the number is another process's by now
+            self.pidfd = -1
+            return
+        asyncio.get_running_loop().add_reader(self.pidfd, self.finish)
+
+    async def hello(self, timeout: float = ANSWER_TIMEOUT) -> None:
+        """Its state, and from then on every change of it. Raises NoResponse or KvmappError."""
+        answers = await asyncio.gather(self.ask("subscribe", timeout), self.ask("status", timeout))
+        self.take_status(answers[1])
+        if not self.pid:
+            try:
+                connection = connect(self.control, 0)
+            except OSError:
+                return
+            with socket.socket(fileno=connection.detach()) as peer:
+                self.meet(peer)
+
+    async def check(self, timeout: float = CHECK_TIMEOUT) -> None:
+        """The heartbeat: is it there, does it answer?"""
+        if self.pid and not self.lives():
+            self.finish()
+        elif self.link is None or self.link.transport is None:
+            if not await self.connect():
+                self.set_silent(True)
+            elif self.link is not None:
+                await self.quietly(self.hello(timeout))
+        else:
+            await self.quietly(self.refresh(timeout))
+
+    async def refresh(self, timeout: float = ANSWER_TIMEOUT) -> None:
+        self.take_status(await self.ask("status", timeout))
+
+    async def quietly(self, work) -> None:
+        with suppress(KvmappError):  # NoResponse has made it silent; any other answer is one
+            await work
+
+    # Talking.
+
+    async def ask(self, verb: str, timeout: float = ANSWER_TIMEOUT, **arguments: object) -> dict:
+        """One verb. Raises what the domain raises, or NoResponse."""
+        try:
+            if self.link is None:
+                raise ConnectionResetError
+            answer = await self.link.ask(verb, timeout, arguments)
+        except (TimeoutError, OSError):
+            if not self.ended and (not self.pid or self.lives()):
+                self.set_silent(True)
+            raise NoResponse(f"Domain '{self.name}' does not answer (pid {self.pid or 'unknown'})",
+                             f"kvmappctl destroy {self.name} ends it") from None
+        except KvmappError:
+            self.set_silent(False)
+            raise
+        self.set_silent(False)
+        return answer
+
+    def hear(self, event: dict) -> None:
+        if event.get("type") in (None, "lifecycle"):
+            self.take_status({**self.status, **event})
+
+    def take_status(self, status: dict) -> None:
+        """What the process says of itself, as far as it is plausible."""
+        state, reason = STATES.get(str(status.get("state")), self.state), status.get("reason")
+        reason = reason if isinstance(reason, str) and len(reason) < 64 and is_plain(reason) else "unknown"
+        if status.get("state") == "starting":
+            reason = "starting up"
+        self.status = status
+        if (state, reason) != (self.state, self.reason):
+            self.state, self.reason, self.since = state, reason, time.time()
+            self.changed()
+
+    def set_silent(self, silent: bool) -> None:
+        if silent != self.silent:
+            self.silent, self.since = silent, time.time()
+            self.changed()
+
+    # Its end.
+
+    def lost(self) -> None:
+        """The connection is gone: mostly because the process is; if not, the heartbeat connects again."""
+        if self.pidfd < 0 and not self.ended:
+            asyncio.get_running_loop().call_later(LAST_BREATH, self.finish_if_gone)
+
+    def finish_if_gone(self) -> None:
+        if not self.ended and (not self.pid or not self.lives()):
+            self.finish()
+
+    def lives(self) -> bool:
+        """Whether the process with our pid and start time is there and not yet a zombie."""
+        if self.pidfd >= 0:
+            poll = select.poll()
+            poll.register(self.pidfd, select.POLLIN)
+            return not poll.poll(0)
+        return start_time_of(self.pid) == self.start_time != 0
+
+    def kill(self) -> None:
+        """SIGKILL, to this very process."""
+        with suppress(ProcessLookupError):
+            if self.pidfd >= 0:
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            elif self.pid and self.lives():
+                os.kill(self.pid, signal.SIGKILL)
+
+    def finish(self) -> None:
+        if not self.ended:
+            self.ended = True
+            self.over.set()
+            self.close()
+            self.gone()
+
+    async def wait_end(self, timeout: float) -> bool:
+        """Whether it ended in this time."""
+        try:
+            await asyncio.wait_for(self.over.wait(), timeout)
+        except TimeoutError:
+            if self.pid and not self.lives():
+                self.finish()
+        return self.ended
+
+    def close(self) -> None:
+        """Lets it go; the process itself does not notice."""
+        if self.link is not None:
+            self.link.close()
+        if self.pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(self.pidfd)
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+def start_time_of(pid: int) -> int:
+    """Field 22 of proc_pid_stat(5); 0 when there is no such process, or only its zombie."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def title_of(pid: int) -> str:
+    """The name that ps shows, see zygote.set_title."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as line:
+            return line.read(4096).rstrip(b"\0").decode("utf-8", "surrogateescape")
+    except OSError:
+        return ""
+
+
+def cpu_times_of(pid: int) -> tuple[int, int] | None:
+    """User and system time in nanoseconds, all threads together."""
+    tick = 10**9 // os.sysconf("SC_CLK_TCK")
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as stat:
+            fields = stat.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return int(fields[11]) * tick, int(fields[12]) * tick
+
+
+def resident_of(pid: int) -> int | None:
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return None

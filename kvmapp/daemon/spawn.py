@@ -1,0 +1,170 @@
+"""The daemon's end of the zygote: starts it, sends it domains to fork, hears which of them ended and how.
+
+A zygote that is killed is replaced at the next need; domains do not depend on it once they run.
+"""
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+
+import kvmapp
+from kvmapp.errors import HostError
+
+log = logging.getLogger("kvmapp")
+PADDING = "-" * 240                     # room for the titles of domains, see zygote.Title
+READY_TIMEOUT = 30.0
+
+
+class ZygoteDied(HostError):
+    """It went away before it answered: whether the domain was forked is not known."""
+    code = "zygote-died"
+
+
+class Zygote:
+    def __init__(self, module: str = "kvmapp.vmprocess"):
+        self.module = module
+        self.process: subprocess.Popen | None = None
+        self.socket: socket.socket | None = None
+        self.buffer = b""
+        self.count = 0
+        self.answers: dict[int, asyncio.Future[int]] = {}
+        self.statuses: dict[int, asyncio.Future[int]] = {}      # of its children, by pid
+        self.sending = asyncio.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid if self.process else None
+
+    def start(self) -> None:
+        """Returns at once; requests wait in the socket until the zygote is warm."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.process = subprocess.Popen([*command(), str(theirs.fileno()), self.module, PADDING], stdin=subprocess.DEVNULL,
+                                            pass_fds=(theirs.fileno(),), start_new_session=True, env=environment())
+        except OSError as error:
+            ours.close()
+            raise HostError(f"Cannot start the zygote: {error.strerror}") from None
+        finally:
+            theirs.close()
+        self.socket, self.buffer = ours, b""
+        asyncio.get_running_loop().add_reader(ours, self.receive)
+
+    def stop(self) -> None:
+        """Its end; domains live on."""
+        if self.socket is not None:
+            asyncio.get_running_loop().remove_reader(self.socket)
+            self.socket.close()
+            self.socket = None
+        if self.process is not None:
+            self.process.wait(READY_TIMEOUT)
+            self.process = None
+
+    async def spawn(self, request: dict, fds: list[int]) -> int:
+        """The pid of a new domain process. Raises HostError; ZygoteDied when nobody knows."""
+        async with self.sending:
+            if self.socket is None:
+                self.start()
+            assert self.socket is not None
+            self.count += 1
+            number = self.count
+            body = json.dumps({**request, "id": number}).encode()
+            answer = self.answers[number] = asyncio.get_running_loop().create_future()
+            try:
+                await self.send(self.socket, len(body).to_bytes(4, "little") + body, fds)
+            except OSError:
+                self.died()
+        try:
+            return await asyncio.wait_for(answer, READY_TIMEOUT)
+        except TimeoutError:
+            raise ZygoteDied("The zygote does not answer") from None
+        finally:
+            self.answers.pop(number, None)
+
+    @staticmethod
+    async def send(zygote: socket.socket, data: bytes, fds: list[int]) -> None:
+        """The descriptors go with the first byte. At once if the socket takes it; else beside the daemon's other work."""
+        try:
+            sent = socket.send_fds(zygote, [data], fds, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = await asyncio.to_thread(socket.send_fds, zygote, [data[:1]], fds)
+        if sent < len(data):
+            await asyncio.to_thread(zygote.sendall, data[sent:])
+
+    async def status_of(self, pid: int, timeout: float) -> int | None:
+        """How the child ended (wait status); None for one that another zygote forked, or when this one does not say."""
+        status = self.statuses.get(pid)
+        if status is None:
+            return None
+        try:
+            return await asyncio.wait_for(asyncio.shield(status), timeout)
+        except TimeoutError:
+            return None
+
+    def forget(self, pid: int) -> None:
+        self.statuses.pop(pid, None)
+
+    def receive(self) -> None:
+        assert self.socket is not None
+        try:
+            data = self.socket.recv(65536, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.died()
+            return
+        *lines, self.buffer = (self.buffer + data).split(b"\n")
+        for line in lines:
+            self.hear(json.loads(line))
+
+    def hear(self, message: dict) -> None:
+        if "exited" in message:
+            status = self.statuses.get(message["exited"])
+            if status is not None and not status.done():
+                status.set_result(message["status"])
+            return
+        answer = self.answers.get(message["id"])
+        if answer is None or answer.done():
+            return
+        if "pid" in message:
+            self.statuses[message["pid"]] = asyncio.get_running_loop().create_future()
+            answer.set_result(message["pid"])
+        else:
+            answer.set_exception(HostError(f"{message['error']}", "the host has too many processes or too little memory"))
+
+    def died(self) -> None:
+        if self.socket is None:
+            return
+        asyncio.get_running_loop().remove_reader(self.socket)
+        self.socket.close()
+        self.socket = None
+        if self.process is not None:
+            log.warning("the zygote (pid %d) ended with status %s; the next start brings a new one", self.process.pid,
+                        self.process.poll())
+            asyncio.get_running_loop().run_in_executor(None, self.process.wait)
+            self.process = None
+        self.statuses.clear()
+        for answer in self.answers.values():
+            if not answer.done():
+                answer.set_exception(ZygoteDied("The zygote died before it had started the domain"))
+
+
+def command() -> list[str]:
+    """How to run the zygote: from the one file, or from source with the interpreter that runs us."""
+    if getattr(sys, "frozen", False):
+        return [sys.executable, "zygote"]
+    return [sys.executable, "-P", "-m", "kvmapp.zygote"]
+
+
+def environment() -> dict[str, str]:
+    """Ours without the service manager's words to us; from source, with the way to the package."""
+    given = {name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID")}
+    if not getattr(sys, "frozen", False):
+        given["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(kvmapp.__file__)))
+    return given

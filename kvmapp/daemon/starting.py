@@ -1,0 +1,224 @@
+"""The start of a domain, step by step; whichever fails, what the earlier ones made is taken away again.
+
+Taps, log and control socket are made here and handed over as open descriptors. Disks and kernel are opened and
+locked by the domain process itself, while it is still root, so a file server that hangs holds up nobody else; it drops root's
+rights before its guest's first instruction.
+"""
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import time
+
+from kvmapp import __version__
+from kvmapp.daemon import domainlog
+from kvmapp.daemon.domain import Domain, Record, read_ending
+from kvmapp.daemon.process import DomainProcess
+from kvmapp.daemon.sockets import listen
+from kvmapp.daemon.spawn import ZygoteDied
+from kvmapp.daemon.taps import open_tap
+from kvmapp.errors import ConfigError, DomainRunning, GuestImageError, HostError, KvmappError, NameInUse, NoResponse
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kvmapp.config import DomainConfig
+    from kvmapp.daemon.jobs import Job
+    from kvmapp.daemon.supervisor import Supervisor
+    from kvmapp.hostconfig import GuestDefaults
+
+START_TIMEOUT = 60.0                    # from the fork to the guest's first instruction; a huge initrd on a slow disk takes time
+KILL_TIMEOUT = 5.0                      # for a process to go after SIGKILL
+NEVER_FORKED = "The zygote died before it had started the domain"
+LAST_WORDS = 2.0                        # between the end of its socket and its own
+
+
+async def start(supervisor: Supervisor, domain: Domain, who: str, *, paused: bool = False,
+                config: DomainConfig | None = None) -> None:
+    """Raises KvmappError; then nothing of it is left. `config`: of a transient domain; else its file's."""
+    with domain.jobs.hold("start", who) as job:
+        if domain.active:
+            raise DomainRunning("Domain is already active", f"kvmappctl domstate {domain.name}")
+        config = config or domain.want_persistent()
+        try:
+            await attempt(Start(supervisor, domain, config, paused), job)
+        except ZygoteDied:                              # a new one is there at the next try
+            await attempt(Start(supervisor, domain, config, paused), job)
+    supervisor.tell(domain.name, "Started", "Booted")
+    supervisor.join_groups(domain)
+    if domain.process and domain.process.ended:         # its end fell into the start's last moment
+        supervisor.process_gone(domain)
+
+
+async def attempt(start: Start, job: Job) -> None:
+    try:
+        job.progress = "opening what it needs"
+        await start.prepare()
+        job.progress = "waiting for its process"
+        await start.launch()
+    except OSError as error:
+        await start.undo(f"{error}")
+        raise HostError(f"Cannot start domain '{start.domain.name}': {error.strerror}" +
+                        (f": {error.filename}" if error.filename else "")) from None
+    except BaseException as error:
+        await start.undo(f"{error}")
+        raise
+    finally:
+        start.close_fds()
+
+
+class Start:
+    """One attempt. `files` are the descriptors to hand over, by what they are for."""
+
+    def __init__(self, supervisor: Supervisor, domain: Domain, config: DomainConfig, paused: bool):
+        self.supervisor, self.domain, self.config, self.paused = supervisor, domain, config, paused
+        self.paths = supervisor.paths
+        self.files: dict[str, int] = {}
+        self.taps: dict[str, str] = {}
+        self.disks: list[list] = []
+
+    async def prepare(self) -> None:
+        defaults = self.supervisor.guest_defaults()
+        self.uid, self.gid = owner(defaults, self.supervisor.socket_gid)
+        self.check_macs()
+        if self.config.disks:                                   # a file server that hangs must hold up this start only
+            await asyncio.to_thread(self.identify_disks)
+        self.check_disks()
+        self.open_taps()
+        self.make_folder()
+        listener = listen(self.paths.control(self.domain.name), 0o660, self.supervisor.socket_gid)
+        self.files["control"] = listener.detach()
+        self.files["log"] = domainlog.open_log(self.paths.domain_log(self.domain.name), defaults.log_max_size,
+                                               defaults.log_max_backups)
+        self.note()
+
+    async def launch(self) -> None:
+        """From the fork to the first answer."""
+        assert self.domain.record
+        text = json.dumps(self.config.to_dict(), ensure_ascii=False)
+        domainlog.write_line(self.files["log"], f"starting, kvmapp {__version__}, id {self.domain.record.id}: {text}")
+        request = {"config": self.config.to_dict(), "files": list(self.files), "run_dir": self.paths.domain_own(self.domain.name),
+                   "uid": self.uid, "gid": self.gid, "paused": self.paused}
+        try:
+            pid = await self.supervisor.zygote.spawn(request, list(self.files.values()))
+        except ZygoteDied:
+            pid = 0                     # it may have forked before it died: then the domain is behind its socket
+        process = self.domain.process = self.supervisor.attach(self.domain)
+        if pid:
+            process.watch(pid)
+        self.close_fds()
+        if not await process.connect():
+            raise self.failure() if pid else ZygoteDied(NEVER_FORKED)
+        self.note_process(process)
+        try:
+            await process.hello(START_TIMEOUT)
+        except NoResponse:
+            if not process.pid:
+                raise ZygoteDied(NEVER_FORKED) from None
+            await process.wait_end(LAST_WORDS)
+            raise self.failure() from None
+        self.note_process(process)
+
+    def note_process(self, process: DomainProcess) -> None:
+        record = self.domain.record
+        if record and record.pid != process.pid:
+            record.pid, record.start_time = process.pid, process.start_time
+            record.save(self.paths)
+
+    async def undo(self, why: str) -> None:
+        """The domain is as it was before: shut off, without taps, groups or records."""
+        process = self.domain.process
+        if process is not None:
+            process.kill()
+            await process.wait_end(KILL_TIMEOUT)
+        domainlog.append(self.paths.domain_log(self.domain.name), f"not started: {why or 'given up'}")
+        self.supervisor.clear_away(self.domain)
+
+    def close_fds(self) -> None:
+        while self.files:
+            os.close(self.files.popitem()[1])
+
+    # Steps.
+
+    def check_macs(self) -> None:
+        """Two running guests with one MAC disturb each other's every packet."""
+        macs = {interface.mac for interface in self.config.interfaces}
+        for other in self.supervisor.active():
+            for interface in other.live.interfaces if other.live and other is not self.domain else ():
+                if interface.mac in macs:
+                    raise NameInUse(f"Domain '{other.name}' runs with the same MAC address {interface.mac} ({interface.heading})",
+                                    f"take the mac key out of domain '{self.domain.name}' and one is made")
+
+    def identify_disks(self) -> None:
+        """Which files the disks are; one that is not there is the domain process's to complain of."""
+        for disk in self.config.disks:
+            try:
+                status = os.stat(disk.source)
+            except OSError:
+                continue
+            identity = [status.st_rdev, 0] if status.st_rdev else [status.st_dev, status.st_ino]
+            self.disks.append([disk.name, disk.source, *identity, disk.readonly])
+
+    def check_disks(self) -> None:
+        """What the locks on the files would say as well, but with the other domain's name."""
+        for other in self.supervisor.active():
+            for theirs in other.record.disks if other.record else ():
+                for name, source, *identity, readonly in self.disks:
+                    if theirs[2:4] == identity and not (readonly and theirs[4]):
+                        raise GuestImageError(f"Cannot open disk '{name}' ({source}): it is disk '{theirs[0]}' of domain "
+                                              f"'{other.name}', which runs",
+                                              "two domains may share a disk only when both have readonly = yes")
+
+    def open_taps(self) -> None:
+        networks = self.supervisor.networks
+        for interface in self.config.interfaces:
+            tap = open_tap(interface, networks.bridge_of(interface) if interface.type == "network" else None)
+            if tap is not None:
+                self.files[f"interface:{interface.index}"] = tap.fd
+                self.taps[str(interface.index)] = tap.name
+        networks.expect(self.config)
+
+    def make_folder(self) -> None:
+        """The domain's folder in RUN, and in it the one where its process says how it ended."""
+        folder, own = self.paths.domain_run(self.domain.name), self.paths.domain_own(self.domain.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.mkdir(folder, 0o755)
+        os.mkdir(own, 0o700)
+        if self.uid is not None and self.gid is not None:
+            os.chown(own, self.uid, self.gid)
+
+    def note(self) -> None:
+        """From here on a daemon that comes after us knows what to look for and what to clear away."""
+        record = Record(name=self.config.name, uuid=self.config.uuid, id=self.supervisor.next_id(), pid=0, start_time=0,
+                        started=time.time(), taps=self.taps, disks=self.disks, config=self.config.to_dict(), version=__version__)
+        record.save(self.paths)
+        self.domain.record, self.domain.live, self.domain.ending = record, self.config, None
+
+    def failure(self) -> KvmappError:
+        """Why the process did not come up, in its own words if it left any."""
+        ending = read_ending(self.paths.ending(self.domain.name))
+        if ending is not None and ending["reason"] == "failed":
+            return HostError(ending["text"], ending["hint"])
+        process: DomainProcess | None = self.domain.process
+        if process is not None and process.pid and process.lives():
+            return NoResponse(f"Domain '{self.domain.name}' did not come up within {START_TIMEOUT:.0f} s", "its log has more")
+        return HostError(f"The process of domain '{self.domain.name}' ended before its guest ran",
+                         f"see {self.paths.domain_log(self.domain.name)}")
+
+
+def owner(defaults: GuestDefaults, socket_gid: int | None) -> tuple[int | None, int | None]:
+    """Whom the domain process becomes; (None, None) when we are not root and it stays what we are."""
+    if os.geteuid() != 0:
+        return None, None
+    import grp
+    import pwd
+    try:
+        uid, gid = pwd.getpwnam(defaults.user).pw_uid, grp.getgrnam(defaults.group).gr_gid
+    except KeyError as error:
+        raise ConfigError(f"Domains are to run as user {defaults.user}, group {defaults.group}: {error.args[0]}",
+                          "kvmapp setup makes them; guest.conf says which") from None
+    if gid in (0, socket_gid) or uid == 0:
+        raise ConfigError(f"Domains are not to run as user {defaults.user}, group {defaults.group}: a guest that breaks out "
+                          "of its process would command the daemon", "guest.conf: user = kvmapp, group = kvmapp-guest")
+    return uid, gid

@@ -1,0 +1,86 @@
+"""`kvmapp run`: one domain in the foreground, its serial port on the terminal.
+
+Ctrl-] ends the guest; SIGTERM (or SIGINT) presses its power button and, a second time, ends it; SIGQUIT ends it at once. The exit
+status tells how it ended: 0 powered off, 3 reset (with --no-reboot), 4 crashed, 5 ended from here, 2N+1 by debug exit N, 1 an error.
+"""
+import fcntl
+import signal
+import struct
+import sys
+import termios
+
+from kvmapp import terminal
+from kvmapp.console import ConsolePort, open_log, open_sink
+from kvmapp.loop import Loop
+from kvmapp.machine import Machine
+from kvmapp.vmprocess import Domain, Log
+
+
+def run(config) -> int:
+    """Runs the domain to its end; the exit status. Raises KvmappError when it cannot start."""
+    uses_terminal = any(device.type == "stdio" for device in (*config.serials, *config.consoles)) and terminal.is_terminal()
+    if uses_terminal:
+        return terminal.guarded(lambda: report(lambda: run_here(config, uses_terminal)))
+    return run_here(config, uses_terminal)
+
+
+def report(work) -> int:
+    """What the child of the guard does with an error: the parent has no way to see it."""
+    from kvmapp.__main__ import guarded_main
+    return guarded_main(work)
+
+
+def run_here(config, uses_terminal: bool) -> int:
+    loop = Loop()
+    domain = Domain(config, Machine(config), loop, Log(2))
+    for name, backend, device in domain.machine.characters:
+        domain.ports[name] = ConsolePort(loop, name, backend, open_sink(device), open_log(device), leave_key(domain, uses_terminal))
+    handle_signals(domain)
+    if not uses_terminal:
+        return live(domain)
+    with terminal.RawTerminal():
+        resize(domain)
+        signal.signal(signal.SIGWINCH, lambda *_: loop.call(lambda: resize(domain)))
+        return live(domain)
+
+
+def live(domain: Domain) -> int:
+    try:
+        domain.start()
+        domain.loop.run()
+    finally:
+        domain.close()
+    assert domain.ending
+    return domain.ending.exit
+
+
+def leave_key(domain: Domain, uses_terminal: bool):
+    """Sees what is typed first: Ctrl-] is for us."""
+    def escape(data: bytes) -> bytes:
+        typed, leave = terminal.without_leave(data)
+        if leave:
+            domain.loop.call(domain.destroy)
+        return typed
+    return escape if uses_terminal else None
+
+
+def handle_signals(domain: Domain) -> None:
+    asked = False
+
+    def press(*_):
+        nonlocal asked
+        if asked or not domain.config.acpi or domain.state != "running":
+            domain.loop.call(domain.destroy)
+        else:
+            domain.loop.call(domain.machine.press_power_button)
+        asked = True
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, press)
+    signal.signal(signal.SIGQUIT, lambda *_: domain.loop.call(domain.destroy))
+
+
+def resize(domain: Domain) -> None:
+    """Tells the guest's virtio consoles how large the terminal is."""
+    rows, columns, _, _ = struct.unpack("4H", fcntl.ioctl(sys.stdout.fileno(), termios.TIOCGWINSZ, bytes(8)))
+    domain.machine.resize_consoles(columns, rows)

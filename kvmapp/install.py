@@ -1,0 +1,301 @@
+"""`kvmapp setup`: lays kvmapp down on the host that it runs on, and `setup --remove` takes exactly that away again.
+
+    folders, configuration, init scripts, units, logrotate, man pages, completion, the user and its groups, /usr/sbin/kvmapp
+
+What was laid down is noted with its checksum in /var/lib/kvmapp/installed.json. A file that somebody changed is never overwritten
+(the new one is laid beside it as NAME.new) and never removed; domains, disks and logs are never touched. Every step may be
+repeated: a setup that was killed is finished by the next one. Left out: copying the program itself (from source, the launcher leads
+to the checkout).
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import kvmapp
+from kvmapp.errors import HostError, KvmappError, UsageError
+
+SOURCES = os.path.dirname(os.path.dirname(os.path.abspath(kvmapp.__file__)))     # conf/, init/ and docs/ stand beside the package
+MANIFEST = "var/lib/kvmapp/installed.json"
+GROUPS = ("kvmapp", "kvmapp-guest")
+USER = "kvmapp"
+HOME = "/var/lib/kvmapp"
+# Folder, mode. Domain files may hold secrets; images are reached by name only.
+FOLDERS = (("etc/kvmapp", 0o755), ("etc/kvmapp/domains", 0o700), ("etc/kvmapp/domains/autostart", 0o700),
+           ("etc/kvmapp/networks", 0o700), ("etc/kvmapp/networks/autostart", 0o700), ("etc/kvmapp/storage", 0o700),
+           ("var/lib/kvmapp", 0o755), ("var/lib/kvmapp/images", 0o711), ("var/lib/kvmapp/boot", 0o755), ("var/log/kvmapp", 0o755))
+LAUNCHER = """#!/bin/sh
+# {name}, from the checkout in {sources}
+PYTHONPATH={sources} exec {python} -P -m kvmapp{word} "$@"
+"""
+
+
+class Setup:
+    """One run of setup. `say` prints a line for each thing that is done."""
+
+    def __init__(self, root: str, say):
+        self.root, self.say = os.path.abspath(root), say
+        self.noted: dict[str, str] = {}                 # path below root to the checksum of what we laid there
+        self.failed = False
+
+    @property
+    def here(self) -> bool:
+        """On the running host, as opposed to an image that is being built."""
+        return self.root == "/"
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.root, name)
+
+    # What is done.
+
+    def install(self, enable: bool) -> None:
+        self.read_manifest()
+        self.make_user()
+        for folder, mode in FOLDERS:
+            self.make_folder(folder, mode)
+        for name, source, mode in self.files():
+            with open(source, "rb") as file:
+                self.lay(name, file.read(), mode)
+        for name, word in (("kvmapp", ""), ("kvmappctl", " ctl")):
+            self.lay(f"usr/sbin/{name}", self.launcher(name, word), 0o755)
+        if enable and self.here:
+            self.enable()
+
+    def remove(self) -> None:
+        """Everything that install laid down and nobody changed; never what domains need to be found again."""
+        self.read_manifest()
+        if not self.noted:
+            raise HostError(f"There is nothing to remove below {self.root}", f"setup notes what it lays down in {self.path(MANIFEST)}")
+        if self.here:
+            self.disable()
+        for name, checksum in sorted(self.noted.items()):
+            path = self.path(name)
+            if checksum_of(path) == checksum:
+                os.unlink(path)
+                self.say(f"removed {path}")
+            elif os.path.lexists(path):
+                self.say(f"left {path}: it was changed")
+        os.unlink(self.path(MANIFEST))
+        for folder, _ in reversed(FOLDERS):
+            if os.path.isdir(self.path(folder)) and not os.listdir(self.path(folder)):
+                os.rmdir(self.path(folder))
+        self.say(f"left user {USER} and groups {' and '.join(GROUPS)}, domains, disks and logs")
+
+    # The parts of install.
+
+    def files(self) -> list[tuple[str, str, int]]:
+        """What is copied: where to, where from, mode."""
+        found = [(f"etc/kvmapp/{name}", path, 0o644 if name.count("/") == 0 else 0o600) for name, path in tree("conf")]
+        found += [(f"etc/init.d/{name}", os.path.join(SOURCES, "init", name), 0o755) for name in ("kvmapp", "kvmapp-guests")]
+        units = next((folder for folder in ("usr/lib/systemd/system", "lib/systemd/system") if os.path.isdir(self.path(folder))), None)
+        if units:
+            found += [(f"{units}/{name}", path, 0o644) for name, path in tree("init/systemd")]
+        if os.path.isdir(self.path("etc/logrotate.d")):
+            found += [(f"etc/logrotate.d/{name}", path, 0o644) for name, path in tree("init/logrotate")]
+        completions = "usr/share/bash-completion/completions"
+        if not os.path.isdir(self.path(completions)):
+            completions = "etc/bash_completion.d"
+        found += [(f"{completions}/{name}", path, 0o644) for name, path in tree("init/completion")]
+        found += [(f"usr/share/man/man{name[-1]}/{name}", path, 0o644) for name, path in tree("docs/man")]
+        return found
+
+    def launcher(self, name: str, word: str) -> bytes:
+        return LAUNCHER.format(name=name, sources=quoted(SOURCES), python=quoted(sys.executable), word=word).encode()
+
+    def make_folder(self, name: str, mode: int) -> None:
+        path = self.path(name)
+        if not os.path.isdir(path):
+            os.makedirs(path)
+            os.chmod(path, mode)
+            self.say(f"made {path}")
+
+    def lay(self, name: str, content: bytes, mode: int) -> None:
+        """The file at its place; beside it where somebody changed what is there."""
+        path, checksum = self.path(name), hashlib.sha256(content).hexdigest()
+        there = checksum_of(path)
+        if there == checksum:
+            self.note(name, checksum)
+        elif there is None or there == self.noted.get(name):
+            self.write(path, content, mode)
+            self.note(name, checksum)
+            self.say(f"{'wrote' if there is None else 'renewed'} {path}")
+        else:
+            self.write(f"{path}.new", content, mode)
+            self.say(f"kept {path}, which was changed; the new one is {path}.new")
+
+    def write(self, path: str, content: bytes, mode: int) -> None:
+        """Whole or not at all."""
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        fd = os.open(f"{path}.tmp", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(fd, mode)
+            os.fsync(fd)
+        os.rename(f"{path}.tmp", path)
+
+    def read_manifest(self) -> None:
+        try:
+            with open(self.path(MANIFEST)) as file:
+                self.noted = {str(name): str(checksum) for name, checksum in json.load(file).items()}
+        except (OSError, ValueError, AttributeError):
+            self.noted = {}
+
+    def note(self, name: str, checksum: str) -> None:
+        """At once, so that a setup that is killed leaves nothing it does not know of."""
+        if self.noted.get(name) != checksum:
+            self.noted[name] = checksum
+            self.write(self.path(MANIFEST), (json.dumps(self.noted, indent=1, sort_keys=True) + "\n").encode(), 0o644)
+
+    # The user: domain processes run as kvmapp in kvmapp-guest; members of kvmapp may command the daemon.
+
+    def make_user(self) -> None:
+        for name in GROUPS:
+            if self.entry("group", name) is None:
+                self.run_or_add("group", name, ["groupadd", "--system", name], ["addgroup", "-S", name])
+        if self.entry("passwd", USER) is None:
+            self.run_or_add("passwd", USER,
+                            ["useradd", "--system", "--gid", GROUPS[1], "--home-dir", HOME, "--no-create-home",
+                             "--shell", nologin(), USER],
+                            ["adduser", "-S", "-D", "-H", "-h", HOME, "-s", nologin(), "-G", GROUPS[1], USER])
+
+    def entry(self, database: str, name: str) -> list[str] | None:
+        """A line of /etc/passwd or /etc/group; on the running host also what other sources of names have."""
+        if self.here:
+            import grp
+            import pwd
+            try:
+                return [str(field) for field in (pwd.getpwnam(name) if database == "passwd" else grp.getgrnam(name))]
+            except KeyError:
+                return None
+        try:
+            with open(self.path(f"etc/{database}")) as file:
+                lines = [line.rstrip("\n").split(":") for line in file]
+        except FileNotFoundError:
+            return None
+        return next((fields for fields in lines if fields[0] == name), None)
+
+    def run_or_add(self, database: str, name: str, *commands: list[str]) -> None:
+        """By the host's own tool where there is one, else a line in the file."""
+        for command in commands if self.here else ():
+            if shutil.which(command[0]) and subprocess.run(command, capture_output=True, check=False).returncode == 0:
+                break
+        if self.entry(database, name) is None:
+            self.add_line(database, name)
+        self.say(f"made {'user' if database == 'passwd' else 'group'} {name}")
+
+    def add_line(self, database: str, name: str) -> None:
+        path = self.path(f"etc/{database}")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "a+") as file:
+            file.seek(0)
+            text = file.read()
+            taken = {int(line.split(":")[2]) for line in text.splitlines() if line.count(":") >= 3 and line.split(":")[2].isdigit()}
+            number = next(number for number in range(999, 100, -1) if number not in taken)
+            if database == "group":
+                line = f"{name}:x:{number}:"
+            else:
+                group = self.entry("group", GROUPS[1])
+                line = f"{name}:x:{number}:{group[2] if group else number}::{HOME}:{nologin()}"
+            file.write(f"{'' if text.endswith(chr(10)) or not text else chr(10)}{line}\n")
+
+    # Starting with the host.
+
+    def enable(self) -> None:
+        """Both services, by whatever keeps services here."""
+        if os.path.isdir("/run/systemd/system"):
+            self.call("systemctl", "daemon-reload")
+            self.call("systemctl", "enable", "kvmapp.service", "kvmapp-guests.service")
+        elif shutil.which("chkconfig"):
+            for name in ("kvmapp", "kvmapp-guests"):
+                self.call("chkconfig", "--add", name)
+        elif shutil.which("update-rc.d"):
+            for name in ("kvmapp", "kvmapp-guests"):
+                self.call("update-rc.d", name, "defaults")
+        else:
+            self.say("start it with the host by /etc/init.d/kvmapp start: neither systemd, chkconfig nor update-rc.d is here")
+
+    def disable(self) -> None:
+        names = ("kvmapp-guests", "kvmapp")
+        if os.path.isdir("/run/systemd/system"):
+            self.call("systemctl", "disable", *(f"{name}.service" for name in names))
+        elif shutil.which("chkconfig"):
+            for name in names:
+                self.call("chkconfig", "--del", name)
+        elif shutil.which("update-rc.d"):
+            for name in names:
+                self.call("update-rc.d", "-f", name, "remove")
+
+    def call(self, *command: str) -> None:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        self.say(f"{'ran' if done.returncode == 0 else 'failed'}: {' '.join(command)}")
+        if done.returncode:
+            self.failed = True
+            self.say("  " + done.stderr.strip().replace("\n", "\n  "))
+
+
+def tree(folder: str) -> list[tuple[str, str]]:
+    """Every file below a folder of the sources: name below it, path."""
+    base = os.path.join(SOURCES, folder)
+    return sorted((os.path.relpath(os.path.join(path, name), base), os.path.join(path, name))
+                  for path, _, names in os.walk(base) for name in names)
+
+
+def checksum_of(path: str) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()
+    except OSError:
+        return None
+
+
+def nologin() -> str:
+    return next((path for path in ("/usr/sbin/nologin", "/sbin/nologin") if os.path.exists(path)), "/bin/false")
+
+
+def quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvmapp setup", description="Lays kvmapp down on this host: folders, configuration, init "
+                                     "scripts, the user that guests run as. Changed files are kept, domains never touched.")
+    parser.add_argument("--root", default="/", metavar="DIR", help="below DIR instead, for an image that is being built")
+    parser.add_argument("--no-enable", action="store_true", help="do not make it start with the host")
+    parser.add_argument("--remove", action="store_true", help="take away what setup laid down; domains, disks and logs stay")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    given = make_parser().parse_args(arguments)
+    if os.geteuid() != 0 and given.root == "/":
+        raise UsageError("kvmapp setup needs root", "sudo kvmapp setup, or --root DIR for an image")
+    setup = Setup(given.root, print)
+    try:
+        if given.remove:
+            setup.remove()
+        else:
+            setup.install(not given.no_enable)
+    except OSError as error:
+        raise HostError(f"Cannot set up: {error.filename or ''}: {error.strerror}", "what is done so far is kept; run it again") from None
+    if setup.here and not given.remove:
+        from kvmapp.check import run_check
+        print()
+        try:
+            run_check([], None)
+        except KvmappError as error:
+            print(error.render())
+        print(f"\n{next_step()}")
+    return 1 if setup.failed else 0
+
+
+def next_step() -> str:
+    script = "/etc/init.d/kvmapp"
+    if subprocess.run([script, "status"], capture_output=True, check=False).returncode == 0:
+        return f"a daemon runs; so that it is this version: {script} restart (domains run on)"
+    return f"start it: {script} start"

@@ -1,0 +1,295 @@
+"""One domain in one process: its life cycle, its consoles and its control socket, in a single control thread.
+
+    run_domain(config, control=listener, log_fd=fd, files={...}, run_dir="/run/kvmapp/domains")     # in a child of the zygote
+
+The machine's own threads run without the GIL; this thread wakes for what is rare: a console's bytes, a client's request, the
+guest's wish to power off or reset. When the domain ends, RUN_DIR/NAME.end tells the daemon how, whether it is there or not.
+"""
+import os
+import time
+
+from kvmapp.console import ConsolePort, LogPort, Sink, open_log, open_sink
+from kvmapp.devices import PowerEvent, set_log
+from kvmapp.errors import BadRequest, KvmappError
+from kvmapp.loop import Loop
+from kvmapp.machine import Machine, preload_devices
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kvmapp.control import ControlServer
+
+# How a process that ran one guest ends (kvmapp run): the exit status tells how the guest ended.
+EXIT_POWER_OFF, EXIT_ERROR, EXIT_RESET, EXIT_CRASH, EXIT_DESTROYED = 0, 1, 3, 4, 5
+
+TRIPLE_FAULT = 8                        # KVM_EXIT_SHUTDOWN, the code of a reset that the run loop asks for
+RESET_CAUSES = {TRIPLE_FAULT: "the guest reset by a triple fault"}
+
+
+class WrongState(KvmappError):
+    """The domain is not in a state for this verb."""
+    code = "wrong-state"
+
+
+class Ending:
+    """How the domain ended: `reason` in virsh's words (domstate --reason), `text` for people, `exit` for a foreground run."""
+
+    def __init__(self, reason: str, text: str, exit: int):
+        self.state = "shut off"
+        self.reason = reason
+        self.text = text
+        self.exit = exit
+
+
+class Domain:
+    """A guest's life, from `start` to an Ending. `state` and `reason` are virsh's words."""
+
+    def __init__(self, config, machine: Machine, loop: Loop, log):
+        self.config = config
+        self.machine = machine
+        self.loop = loop
+        self.log = log
+        self.state, self.reason = "starting", "booted"
+        self.started = time.time()
+        self.ending: Ending | None = None
+        self.ports: dict[str, ConsolePort] = {}
+        self.server: ControlServer | None = None
+        self.reboot_asked = False
+        self.debug_port = LogPort(loop, machine.debug_console, log) if machine.debug_console else None
+
+    # The life cycle.
+
+    def start(self, paused: bool = False) -> None:
+        """The guest's first instruction; `paused`: all is made ready for it, and `resume` gives the word."""
+        self.loop.watch(self.machine.power.fd, self.power_event)
+        self.machine.boot()
+        if paused:
+            self.change("paused", "user")
+            return
+        self.machine.resume()
+        self.change("running", "booted")
+
+    def serve(self, listener) -> None:
+        """Answers on a control socket."""
+        from kvmapp.control import ControlServer  # `kvmapp run` goes without
+        verbs = {name.removeprefix("verb_"): getattr(self, name) for name in dir(self) if name.startswith("verb_")}
+        self.server = ControlServer(self.loop, listener, verbs)
+
+    def end(self, ending: Ending) -> None:
+        """The guest stops here; `loop.run` returns."""
+        self.machine.pause()
+        self.ending = ending
+        if self.debug_port:
+            self.debug_port.drain()
+        self.log(f"shut off: {ending.text}")
+        self.change(ending.state, ending.reason)
+        self.loop.stop()
+
+    def close(self) -> None:
+        """Shows the guest's last words and gives everything back."""
+        self.machine.pause()
+        for port in self.ports.values():
+            port.close()
+        if self.debug_port:
+            self.debug_port.close()
+        if self.server:
+            self.server.close()
+        self.machine.close()
+
+    def change(self, state: str, reason: str) -> None:
+        self.state, self.reason = state, reason
+        if self.server:
+            self.server.publish({"type": "lifecycle", "name": self.config.name, "state": state, "reason": reason,
+                                 "time": time.time()})
+
+    # What the guest asks for.
+
+    def power_event(self, _events: int) -> None:
+        self.machine.pause()
+        event, code = self.machine.power.take()
+        if event == PowerEvent.POWER_OFF and self.reboot_asked:
+            self.log("the guest powered off to reboot: restarting")
+            self.restart()
+        elif event == PowerEvent.POWER_OFF:
+            self.act(self.config.on_poweroff, Ending("shutdown", "the guest powered off", EXIT_POWER_OFF))
+        elif event == PowerEvent.RESET:
+            if code == TRIPLE_FAULT:
+                for line in self.machine.crash_report():
+                    self.log(line)
+            self.act(self.config.on_reboot, Ending("shutdown", RESET_CAUSES.get(code, "the guest reset itself"), EXIT_RESET))
+        elif event == PowerEvent.DEBUG_EXIT:
+            self.end(Ending("shutdown", f"the guest ended with debug exit code {code}", (code << 1 | 1) & 0xFF))
+        elif event == PowerEvent.CRASH:
+            for line in self.machine.crash_report():
+                self.log(line)
+            self.act(self.config.on_crash, Ending("crashed", "the guest crashed", EXIT_CRASH))
+        else:
+            self.machine.resume()
+
+    def act(self, action: str, ending: Ending) -> None:
+        """on_poweroff, on_reboot, on_crash: destroy, restart in place, or preserve for a look."""
+        if action == "restart":
+            self.log(f"{ending.text}: restarting")
+            self.restart()
+        elif action == "preserve":
+            self.log(f"{ending.text}: preserved")
+            self.change("crashed" if ending.reason == "crashed" else "paused", ending.reason)
+        else:
+            self.end(ending)
+
+    def restart(self) -> None:
+        """A power cycle in place."""
+        self.reboot_asked = False
+        try:
+            self.machine.reset()
+            self.machine.boot()
+        except KvmappError as error:                    # the kernel file went away since the start
+            self.end(Ending("failed", f"cannot boot again: {error.message}", EXIT_ERROR))
+            return
+        self.machine.resume()
+        self.change("running", "booted")
+
+    # What the host asks for: the control socket's verbs.
+
+    def require(self, *states: str) -> None:
+        if self.state not in states:
+            raise WrongState(f"Domain '{self.config.name}' is {self.state}", f"this needs a domain that is {' or '.join(states)}")
+
+    def verb_status(self, _connection, _request) -> dict:
+        config = self.config
+        return {"name": config.name, "uuid": config.uuid, "pid": os.getpid(), "state": self.state, "reason": self.reason,
+                "started": self.started, "vcpus": config.vcpus, "memory": config.memory, "balloon": self.machine.balloon_size(),
+                "acpi": config.acpi, "devices": self.machine.inventory(), "consoles": list(self.ports),
+                "ttys": {name: port.sink.path for name, port in self.ports.items()}}
+
+    def verb_stats(self, _connection, _request) -> dict:
+        return {"name": self.config.name, "time": time.time(), "state": self.state, **self.machine.stats()}
+
+    def verb_shutdown(self, _connection, _request) -> dict:
+        self.press_power_button()
+        self.reboot_asked = False
+        return {}
+
+    def verb_reboot(self, _connection, _request) -> dict:
+        """The power button, and a restart when the guest has powered off by it; ACPI has no button that means reboot."""
+        self.press_power_button()
+        self.reboot_asked = True
+        return {}
+
+    def press_power_button(self) -> None:
+        self.require("running")
+        if not self.config.acpi:
+            raise WrongState(f"Domain '{self.config.name}' has no ACPI, so it has no power button",
+                             "set acpi = yes in its file, or stop it with destroy")
+        self.machine.press_power_button()
+
+    def verb_reset(self, _connection, _request) -> dict:
+        self.require("running", "paused", "crashed")
+        self.machine.pause()
+        self.restart()
+        return {}
+
+    def verb_suspend(self, _connection, _request) -> dict:
+        self.require("running", "paused")
+        self.machine.pause()
+        self.change("paused", "user")
+        return {}
+
+    def verb_resume(self, _connection, _request) -> dict:
+        self.require("paused", "running")
+        if self.state == "paused" and self.reason != "user":
+            raise WrongState(f"Domain '{self.config.name}' ended and was preserved", "reset or destroy it")
+        self.machine.resume()
+        self.change("running", "unpaused")
+        return {}
+
+    def verb_destroy(self, _connection, _request) -> dict:
+        self.loop.call(self.destroy)                    # so that the answer goes out first
+        return {}
+
+    def destroy(self) -> None:
+        if self.ending is None:
+            self.end(Ending("destroyed", "destroyed", EXIT_DESTROYED))
+
+    def verb_setmem(self, _connection, request) -> dict:
+        size = request.get("bytes")
+        if not isinstance(size, int) or not 0 < size <= self.config.memory:
+            raise BadRequest(f"'bytes' is {size!r}, not a number from 1 to {self.config.memory}")
+        self.machine.set_balloon(size)
+        return {"balloon": self.machine.balloon_size()}
+
+    def verb_subscribe(self, connection, _request) -> dict:
+        connection.subscribed = True
+        return {}
+
+    def verb_console(self, connection, request) -> dict:
+        name = str(request.get("device") or next(iter(self.ports), ""))
+        port = self.ports.get(name)
+        if port is None:
+            raise KvmappError(f"Domain '{self.config.name}' has no console {name}".rstrip(),
+                              f"it has: {', '.join(self.ports)}" if self.ports else "add [serial 0] to its file")
+        return port.open(connection, bool(request.get("force")))
+
+
+def run_domain(config, *, control, log_fd: int, files: dict[str, int], run_dir: str, drop=None, paused: bool = False) -> int:
+    """A domain's whole life, in a process of its own; the exit status for os._exit.
+
+    `files` holds descriptors opened by the daemon ('interface:0', ...). `drop()` gives up privileges when everything is open.
+    """
+    set_log(log_fd)
+    log = Log(log_fd)
+    loop = Loop()
+    try:
+        machine = Machine(config, files)
+        domain = Domain(config, machine, loop, log)
+        for name, backend, section in machine.characters:
+            sink = Sink() if section.type == "stdio" else open_sink(section)        # there is no terminal here
+            domain.ports[name] = ConsolePort(loop, name, backend, sink, open_log(section))
+        domain.serve(control)
+        if drop:
+            drop()
+        domain.start(paused)
+    except KvmappError as error:
+        log(f"failed: {error.message}" + (f" (hint: {error.hint})" if error.hint else ""))
+        write_ending(run_dir, config.name, Ending("failed", error.message, EXIT_ERROR), error.hint)
+        return EXIT_ERROR
+    loop.run()
+    domain.close()
+    assert domain.ending
+    write_ending(run_dir, config.name, domain.ending)
+    return domain.ending.exit
+
+
+def preload() -> None:
+    """For the zygote: what a domain may come to need, so that its process imports nothing, least of all without privileges."""
+
+    import kvmapp.control  # noqa: F401
+
+    preload_devices()
+
+
+class Log:
+    """Lines with the time, to a descriptor. A full disk costs lines only."""
+
+    def __init__(self, fd: int):
+        self.fd = fd
+
+    def __call__(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+        try:
+            os.write(self.fd, f"{stamp}+0000: {text}\n".encode())
+        except OSError:
+            pass
+
+
+def write_ending(run_dir: str, name: str, ending: Ending, hint: str | None = None) -> None:
+    """RUN_DIR/NAME.end, atomically: what the daemon reads when the process is gone."""
+    import json
+    record = {"state": ending.state, "reason": ending.reason, "text": ending.text, "hint": hint, "exit": ending.exit,
+              "time": time.time()}
+    path = os.path.join(run_dir, f"{name}.end")
+    try:
+        with open(f"{path}.new", "w") as file:
+            json.dump(record, file)
+        os.rename(f"{path}.new", path)
+    except OSError:
+        pass                                            # the daemon then says that the process is gone, without a reason
