@@ -1,0 +1,93 @@
+"""A plain host with a disk of its own, for the appliance's tests: it is booted, told commands, rebooted, and cut from its power."""
+import re
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+
+from tests.lab import images
+from tests.lab.commandline import CHECKOUT, overlay, site_packages
+from tests.lab.errors import NestedHostDied
+from tests.lab.nested import BOOT_TIMEOUT, Hardware, NestedHost, Share, new_folder
+
+PATIENCE = 300.0            # upper bounds, for a nested host on a busy machine
+
+
+@dataclass
+class Said:
+    """What a command wrote and how it ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+class PlainHost:
+    def __init__(self):
+        self.folder = new_folder()
+        self.images = images.obtain()
+        self.disk = overlay(self.folder / "disk.qcow2", self.images)
+        self.nested: NestedHost | None = None
+        self.words: list[str] = []                              # everything that was said, for the report of a failure
+
+    def boot(self) -> None:
+        out = self.folder / "shared"
+        out.mkdir(exist_ok=True)
+        self.nested = NestedHost(self.folder, out)
+        self.nested.start(self.images, Hardware(disk=self.disk, sysvinit=True), Share(CHECKOUT, site_packages(), out))
+        self.nested.run(["true"], BOOT_TIMEOUT)
+
+    def run(self, command: str) -> Said:
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            status = self.nested.run([f"cd /root\n{command}"], PATIENCE, (out.fileno(), err.fileno()))
+            texts = []
+            for file in (out, err):
+                file.seek(0)
+                texts.append(file.read().decode().replace("\r\n", "\n"))
+        said = Said(status, *texts)
+        self.words += [f"# {command}", said.out + said.err]
+        return said
+
+    def says(self, command: str) -> str:
+        """What a command prints that is to succeed without a complaint; without the empty line that ends virsh's words."""
+        said = self.run(command)
+        assert (said.status, said.err) == (0, ""), self.story()
+        return re.sub(r"\n\n\Z", "\n", said.out)
+
+    def refuses(self, command: str, status: int = 1) -> str:
+        said = self.run(command)
+        assert said.status == status, self.story()
+        return said.err
+
+    def eventually(self, command: str, pattern: str) -> re.Match[str]:
+        """Waits for what no event tells: until the command's output matches."""
+        deadline = time.monotonic() + PATIENCE
+        while not (found := re.search(pattern, self.run(command).out, re.MULTILINE)):
+            assert time.monotonic() < deadline, self.story()
+        return found
+
+    def reboot(self) -> str:
+        """In order, by its init; what its console showed of going down."""
+        before = len(self.console())
+        try:
+            self.nested.run(["reboot; sleep 1000"], PATIENCE)
+        except NestedHostDied:                                  # QEMU ends where a machine would begin again
+            pass
+        shown = self.console()[before:]
+        self.boot()
+        return shown
+
+    def cut_power(self) -> None:
+        self.nested.kill()
+        self.boot()
+
+    def console(self) -> str:
+        return (self.folder / "console.log").read_text(errors="replace").replace("\r\n", "\n")
+
+    def story(self) -> str:
+        return "\n".join(["the host's session:", *self.words[-24:], "end of its console:", self.console()[-1500:]])
+
+    def close(self) -> None:
+        if self.nested:
+            self.nested.kill()
+        shutil.rmtree(self.folder, ignore_errors=True)

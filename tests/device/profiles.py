@@ -1,0 +1,273 @@
+"""How the contract test builds each kind of device and brings it out of its power-on state: one profile a kind.
+
+    @profile(Port92)
+    def port92(board):
+        device = Port92("port92", Power())
+        board.pio.map(0x92, 1, device)
+        yield device
+        board.pio.write(0x92, 1, 0)
+
+Up to the `yield` a fresh device is built and mapped; after it, it is disturbed through the buses: every value that it saves must
+differ from power-on then. `still` names values (the last words of their paths) that no disturbance reaches so easily, `kept`
+those that a reset does not take back.
+"""
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvmapp.block.raw import RawDisk
+from kvmapp.chardev import CharBackend
+from kvmapp.devices import Power
+from kvmapp.hw.acpi_pm import AcpiPm
+from kvmapp.hw.cmos_rtc import CmosRtc
+from kvmapp.hw.debug_exit import DebugExit
+from kvmapp.hw.debug_port import DebugPort
+from kvmapp.hw.i8042 import I8042
+from kvmapp.hw.ns16550 import Ns16550
+from kvmapp.hw.pci import BarKind, PciFunction
+from kvmapp.hw.pci_host import PciHost
+from kvmapp.hw.port92 import Port92
+from kvmapp.hw.reset_control import ResetControl
+from kvmapp.layout import PCI_ECAM_BASE
+from kvmapp.net.backend import FrameDescriptor
+from kvmapp.virtio.balloon import VirtioBalloon
+from kvmapp.virtio.blk import VirtioBlk
+from kvmapp.virtio.console import VirtioConsole
+from kvmapp.virtio.device import VirtioDevice
+from kvmapp.virtio.net import VirtioNet
+from kvmapp.virtio.pci import VirtioPci
+from kvmapp.virtio.rng import VirtioRng
+from tests.device.virtio_driver import Guest
+
+SLOT = 1                                         # where the one card of a board is
+VIRTIO_STILL = {"isr", "intx", "pending", "broken", "generation", "queue_select", "driver_feature_select"}
+
+
+@dataclass
+class Profile:
+    build: Callable
+    kinds: tuple[type, ...]
+    still: set[str]
+    kept: set[str]
+
+    @property
+    def name(self) -> str:
+        return self.build.__name__
+
+
+PROFILES: list[Profile] = []
+
+
+def profile(*kinds: type, still=(), kept=()):
+    """Makes a generator function the profile of these kinds of device."""
+    def add(build):
+        PROFILES.append(Profile(build, kinds, {"version", *still}, set(kept)))
+        return build
+    return add
+
+
+def store(bus, size, *stores):
+    """Stores (address, value) after (address, value)."""
+    for address, value in stores:
+        bus.write(address, size, value)
+
+
+@profile(Ns16550)
+def ns16550(board):
+    device = Ns16550("serial0", board.interrupts.line(4), CharBackend("serial0", output_size=16))
+    board.pio.map(0x3F8, 8, device)
+    yield device
+    data, ier, fcr, lcr, mcr, scr = 0x3F8, 0x3F9, 0x3FA, 0x3FB, 0x3FC, 0x3FF
+    store(board.pio, 1, (lcr, 0x80), (data, 1), (ier, 2), (lcr, 3), (scr, 0x5A), (fcr, 0x81), (ier, 0x0F))
+    store(board.pio, 1, (mcr, 0x08), *[(data, byte) for byte in range(17)])      # one more than the backend takes
+    store(board.pio, 1, (mcr, 0x18), *[(data, byte) for byte in range(17)])      # one more than the looped FIFO takes
+
+
+@profile(CmosRtc, kept={"bytes", "offset", "seen"})
+def cmos_rtc(board):
+    device = CmosRtc("rtc", board.interrupts.line(8), board.thread, memory=board.memory.size)
+    board.pio.map(0x70, 2, device)
+    yield device
+    for index, value in ((0x0B, 0x82), (0x09, 0x31), (0x40, 0x55), (0x0B, 0x32), (0x10, 1)):
+        store(board.pio, 1, (0x70, index), (0x71, value))
+
+
+@profile(I8042)
+def i8042(board):
+    device = I8042("i8042", board.interrupts.line(1), Power())
+    board.pio.map(0x60, 1, device, 0)
+    board.pio.map(0x64, 1, device, 4)
+    yield device
+    store(board.pio, 1, (0x64, 0xDD), (0x64, 0x60), (0x60, 0x25), (0x60, 0xF0), (0x60, 3))
+    board.pio.read(0x60)
+    store(board.pio, 1, (0x60, 0xED), (0x64, 0xAA), (0x64, 0x60))
+
+
+@profile(Port92)
+def port92(board):
+    device = Port92("port92", Power())
+    board.pio.map(0x92, 1, device)
+    yield device
+    store(board.pio, 1, (0x92, 0))
+
+
+@profile(ResetControl)
+def reset_control(board):
+    device = ResetControl("reset", Power())
+    board.pio.map(0xE9, 1, device)
+    yield device
+    store(board.pio, 1, (0xE9, 0x0A))
+
+
+@profile(AcpiPm, still={"half_turns"}, kept={"ticks"})
+def acpi_pm(board):
+    device = AcpiPm("acpi", board.interrupts.line(9), Power(), board.thread)
+    board.pio.map(0x600, 0x24, device)
+    device.resume()
+    yield device
+    store(board.pio, 2, (0x602, 0x121), (0x604, 0x1C02), (0x622, 0x55AA))
+    device.press_power_button()
+    device.raise_event(7)
+
+
+@profile(DebugPort)
+def debug_port(board):
+    device = DebugPort("debug", CharBackend("debug"))
+    board.pio.map(0x402, 1, device)
+    yield device
+
+
+@profile(DebugExit)
+def debug_exit(board):
+    device = DebugExit("debug-exit", Power())
+    board.pio.map(0xF4, 4, device)
+    yield device
+
+
+@profile(PciHost, still={"intx"})
+def pci_host(board):
+    yield board.host
+    store(board.pio, 4, (0xCF8, 0x8000_003C), (0xCFC, 7), (0xCF8, 0x8000_1804))
+
+
+@profile(PciFunction)
+def pci_function(board):
+    device = PciFunction()
+    device.identify(0x1AF4, 0x1041, 0x020000, pin=1)
+    device.add_bar(0, 0x40, BarKind.BAR_IO, 0x10000)
+    device.add_bar(1, 0x2000, BarKind.BAR_MEM32)
+    device.add_bar(2, 0x4000, BarKind.BAR_MEM64, 0x8000)
+    device.add_capability(0x09, b"\x05\x01abc", b"\0\0\xff\0\0")
+    capability = device.add_msix(3, 1, 0x1000, 0x1800, board.interrupts)
+    board.host.attach(SLOT, device)
+    board.host.assign_resources()
+    yield device
+    config = PCI_ECAM_BASE + (SLOT << 15)
+    table = device.mapped_bars()[1] + 0x1000
+    store(board.mmio, 4, (table, 0xFEE0_0000), (table + 8, 0x41), (table + 12, 0))
+    store(board.mmio, 2, (config + capability + 2, 0x8000), (config + 0x3C, 5))
+    device.send(1)
+    device.drive(True)
+
+
+@profile(VirtioRng, VirtioPci, VirtioDevice, still=VIRTIO_STILL)
+def virtio_rng(board):
+    driver = board.plug(VirtioRng("rng0", board.memory))
+    yield driver.card
+    driver.start(size=16)
+    driver.queues[0].post(writable=[8])
+    driver.queues[0].kick()
+    driver.queues[0].wait()
+
+
+@profile(VirtioConsole, still=VIRTIO_STILL - {"generation"} | {"last_avail", "next_used"}, kept={"cols", "rows"})
+def virtio_console(board):
+    device = VirtioConsole("hvc0", board.memory, CharBackend("hvc0", output_size=16))
+    driver = board.plug(device)
+    yield driver.card
+    driver.start(size=16)
+    driver.queues[1].post(readable=[bytes(20)])
+    driver.queues[1].kick()
+    device.resize(132, 50)
+    driver.await_vector(0)
+
+
+@profile(VirtioBalloon, still=VIRTIO_STILL - {"generation"}, kept={"num_pages"})
+def virtio_balloon(board):
+    device = VirtioBalloon("balloon0", board.memory)
+    driver = board.plug(device)
+    yield driver.card
+    driver.start(size=16)
+    device.inflate_to(8 << 20)
+    driver.await_vector(0)
+    driver.put_config(4, 4, 5)
+    driver.queues[0].post(readable=[bytes(4)])
+    driver.queues[0].kick()
+    driver.queues[0].wait()
+
+
+@profile(VirtioNet, still=VIRTIO_STILL - {"generation"} | {"mac"}, kept={"link"})
+def virtio_net(board):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    device = VirtioNet("net0", board.memory, FrameDescriptor(fd=ours.detach()), bytes(6))
+    driver = board.plug(device)
+    yield driver.card
+    with theirs:
+        driver.start(size=16)
+        for _ in range(4):
+            driver.queues[0].post(writable=[1600])
+        driver.queues[0].kick()
+        theirs.send(bytes(72))
+        driver.queues[0].wait()
+        driver.queues[1].post(readable=[bytes(72)])
+        driver.queues[1].kick()
+        driver.queues[1].wait()
+    device.set_link(False)
+    driver.await_vector(0)
+
+
+@profile(VirtioBlk, still=VIRTIO_STILL | {"capacity"})
+def virtio_blk(board):
+    with tempfile.NamedTemporaryFile() as image:
+        image.truncate(1 << 20)
+        disk = RawDisk(os.open(image.name, os.O_RDWR | os.O_CLOEXEC), name="vda")
+        driver = board.plug(VirtioBlk("vda", board.memory, disk))
+        yield driver.card
+        driver.start(size=16)
+        driver.put_config(32, 1, 0)
+        driver.queues[0].post(readable=[bytes(16)], writable=[512, 1])
+        driver.queues[0].kick()
+        driver.queues[0].wait()
+
+
+class Board(Guest):
+    """One profile's device, built, on a machine of its own."""
+
+    def __init__(self, which: Profile):
+        super().__init__()
+        steps = which.build(self)
+        self.device = next(steps)
+        self.steps = steps
+
+    def disturb(self) -> None:
+        """Brings the device out of its power-on state."""
+        assert next(self.steps, None) is None, "a profile yields once"
+
+    def reset(self) -> None:
+        """Resets the device, and does what firmware does after it."""
+        self.device.reset()
+        self.host.assign_resources()
+
+    def saved(self) -> dict:
+        """Pauses, saves."""
+        self.device.pause()
+        self.thread.pause()
+        return self.device.save()
+
+    def windows(self) -> list:
+        """[(bus, base, size)] where the guest reaches the device, and the configuration space of the card if it is one."""
+        found = [(bus, base, size) for bus in (self.pio, self.mmio) for base, size, name in bus.windows()
+                 if name == self.device.name and size <= 1 << 20]
+        return [*found, (self.mmio, PCI_ECAM_BASE + (SLOT << 15), 4096)]

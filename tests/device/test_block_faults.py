@@ -1,0 +1,142 @@
+"""What the host refuses or loses reaches the guest as an error, and is never made up for with invented data."""
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from kvmapp.block.raw import RawDisk
+from kvmapp.block.session import DiskSession
+
+MIB = 1 << 20
+
+
+@pytest.fixture(params=["threads", "io_uring"])
+def io(request, tmp_path):
+    path = tmp_path / "probe"
+    path.write_bytes(bytes(512))
+    try:
+        with RawDisk(os.open(path, os.O_RDWR), io=request.param) as disk, DiskSession(disk):
+            pass
+    except Exception as error:
+        pytest.skip(str(error))
+    return request.param
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "disk.img"
+    path.write_bytes(b"d" * MIB)
+    return path
+
+
+def test_a_file_cut_behind_our_back_gives_errors_not_zeroes(image, io):
+    with RawDisk(os.open(image, os.O_RDWR), io=io) as disk, DiskSession(disk) as session:
+        os.truncate(image, MIB // 2)
+        assert session.read(0, MIB // 2) == b"d" * (MIB // 2)
+        for offset, length in ((MIB // 2, 512), (MIB - 512, 512), (MIB // 2 - 512, 1024)):
+            with pytest.raises(OSError, match="Input/output error"):
+                session.read(offset, length)
+        assert disk.counters()["read"]["errors"] == 3
+
+
+def test_a_write_beyond_what_the_host_allows_fails_and_the_next_one_works(image, io):
+    with RawDisk(os.open(image, os.O_RDWR), io=io) as disk, DiskSession(disk) as session:
+        disk.resize(2 * MIB)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, limits[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                session.write(MIB, b"w" * 4096)
+            with pytest.raises(OSError, match="File too large"):
+                session.write(MIB - 4096, b"w" * 8192)         # half of it would fit
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        session.write(MIB, b"v" * 4096)
+        assert session.read(MIB, 4096) == b"v" * 4096
+        assert disk.counters()["write"]["errors"] == 2
+
+
+FULL_DISK = """
+    import ctypes, os, sys
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(0x20000) or libc.mount(b"none", b"/", None, 0x44000, None):     # a mount namespace of our own, private
+        sys.exit(77)
+    if libc.mount(b"tmpfs", sys.argv[1].encode(), b"tmpfs", 0, b"size=256k"):
+        sys.exit(77)
+    from kvmapp.block.raw import RawDisk
+    from kvmapp.block.session import DiskSession
+    path = sys.argv[1] + "/disk.img"
+    with open(path, "wb") as file:
+        file.truncate(1 << 20)
+    with RawDisk(os.open(path, os.O_RDWR), io=sys.argv[2]) as disk, DiskSession(disk) as session:
+        tickets = {session.start(1, i * 65536, bytes([i + 1]) * 65536): i for i in range(16)}
+        results = session.wait()
+        kept = [tickets[t] for t, result in results.items() if result == 0]
+        lost = [tickets[t] for t, result in results.items() if result != 0]
+        assert kept and lost and {results[t] for t in results} == {0, -28}, results
+        for i in kept:
+            assert session.read(i * 65536, 65536) == bytes([i + 1]) * 65536, i
+        session.discard(kept[0] * 65536, 65536)                 # room again: the guest's next try goes through
+        session.write(lost[0] * 65536, b"w" * 65536)
+        assert session.read(lost[0] * 65536, 65536) == b"w" * 65536
+        assert disk.counters()["write"]["errors"] == len(lost)
+"""
+
+
+def test_no_space_left_fails_those_writes_that_did_not_fit(tmp_path, io):
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(FULL_DISK), tmp_path, io], capture_output=True, text=True)
+    if result.returncode == 77:
+        pytest.skip("no mount namespace to be had here")
+    assert result.returncode == 0, result.stderr
+
+
+def test_io_uring_refused_by_the_host_is_replaced_by_threads_unless_it_was_asked_for(image):
+    """The kernel's io_uring_setup is made to fail as it does under a seccomp filter: by a limit on descriptors."""
+    spare = []
+    with RawDisk(os.open(image, os.O_RDWR), io="auto") as disk, RawDisk(os.open(image, os.O_RDWR), io="io_uring") as asked:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, limits[1]))
+        try:
+            while True:
+                try:
+                    spare.append(os.open("/dev/null", os.O_RDONLY))
+                except OSError:
+                    break
+            with pytest.raises(Exception, match="Cannot use io_uring for disk"):
+                DiskSession(asked)
+            os.close(spare.pop())                               # one descriptor: enough for the threads' event
+            session = DiskSession(disk)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            for fd in spare:
+                os.close(fd)
+        assert session.channel.engine in ("threads", "io_uring")
+        session.write(0, b"t" * 512)
+        assert session.read(0, 512) == b"t" * 512
+
+
+@pytest.mark.skipif(not shutil.which("losetup") or os.geteuid() != 0, reason="needs loop devices and root")
+def test_a_block_device_that_shrinks_under_us_gives_errors(image, io):
+    device = subprocess.run(["losetup", "--show", "-f", image], capture_output=True, text=True).stdout.strip()
+    if not device:
+        pytest.skip("no loop device to be had here")
+    try:
+        with RawDisk(os.open(device, os.O_RDWR), io=io, cache="none") as disk, DiskSession(disk) as session:
+            assert disk.size == MIB
+            session.write(MIB - 4096, b"w" * 4096)
+            session.write_zeroes(0, 4096)
+            session.discard(4096, 8192)
+            session.flush()
+            assert session.read(0, 4096) == bytes(4096)
+            os.truncate(image, MIB // 2)
+            with pytest.raises(OSError, match=r"."):
+                session.read(MIB - 4096, 4096)
+            subprocess.run(["losetup", "-c", device], check=True)
+            disk.resize(512)                                    # takes over what the device has now
+            assert disk.size == MIB // 2
+    finally:
+        subprocess.run(["losetup", "-d", device], check=True)

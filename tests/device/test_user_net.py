@@ -1,0 +1,173 @@
+"""User mode as a guest's card sees it: frames made by hand go in, libslirp's answers come out."""
+import contextlib
+import socket
+import struct
+import threading
+
+import pytest
+
+from kvmapp.errors import HostError
+from kvmapp.net.user import UserNet
+from kvmapp.values import Forward
+from kvmapp.virtio.net import VirtioNet
+from tests.device.virtio_driver import Guest
+
+MAC = bytes.fromhex("5254007f0dcb")
+EVERYBODY = b"\xff" * 6
+HEADER = bytes(12)
+GUEST, ROUTER = "10.0.2.15", "10.0.2.2"
+ARP, IPV4 = 0x0806, 0x0800
+ICMP, TCP, UDP = 1, 6, 17
+
+
+class Wire:
+    """A card in user mode; `say` sends a frame, `hear` gives the first of those that come which is what is looked for."""
+
+    def __init__(self, guest, forwards=None):
+        self.net = UserNet(forwards=forwards)
+        self.card = VirtioNet("net0", guest.memory, self.net, MAC)
+        self.rx, self.tx = guest.drive(self.card).queues
+        self.come = []
+        for _ in range(32):
+            self.rx.post(writable=[2048])
+        self.rx.kick()
+
+    def say(self, target, kind, payload):
+        self.put(target + MAC + struct.pack(">H", kind) + payload)
+
+    def put(self, frame):
+        self.tx.post(readable=[HEADER + frame])
+        self.tx.kick()
+        self.tx.wait()
+
+    def hear(self, wanted):
+        while True:
+            while not self.come:
+                for one in self.rx.wait():
+                    self.come.append(one.data[len(HEADER):])
+                    self.rx.post(writable=[2048])
+                self.rx.kick()
+            frame = self.come.pop(0)
+            found = wanted(frame[12:14] == struct.pack(">H", IPV4), frame[14:])
+            if found is not None:
+                return found
+
+
+def checksum(data):
+    total = sum(struct.unpack(f">{len(data) // 2}H", data[:len(data) // 2 * 2])) + (data[-1] << 8 if len(data) % 2 else 0)
+    total = (total & 0xFFFF) + (total >> 16)
+    return ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+
+
+def ip_packet(protocol, source, target, payload):
+    head = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20 + len(payload), 1, 0, 64, protocol, 0, socket.inet_aton(source),
+                       socket.inet_aton(target))
+    return head[:10] + struct.pack(">H", checksum(head)) + head[12:] + payload
+
+
+def udp(source_port, target_port, payload):
+    return struct.pack(">HHHH", source_port, target_port, 8 + len(payload), 0) + payload
+
+
+def arp(operation, sender, target, target_mac=bytes(6)):
+    return struct.pack(">HHBBH6s4s6s4s", 1, IPV4, 6, 4, operation, MAC, socket.inet_aton(sender), target_mac, socket.inet_aton(target))
+
+
+@pytest.fixture
+def plug():
+    with contextlib.ExitStack() as stack:
+        def plug_one(forwards=None):
+            wire = Wire(stack.enter_context(Guest()), forwards)
+            stack.callback(wire.card.close)
+            return wire
+        yield plug_one
+
+
+def test_dhcp_offers_an_address(plug):
+    wire = plug()
+    request = struct.pack(">BBBBIHH", 1, 1, 6, 0, 0x1234, 0, 0x8000) + bytes(16) + MAC + bytes(202) + b"\x63\x82\x53\x63\x35\x01\x01\xff"
+    wire.say(EVERYBODY, IPV4, ip_packet(UDP, "0.0.0.0", "255.255.255.255", udp(68, 67, request.ljust(300, b"\0"))))
+    offer = wire.hear(lambda is_ip, packet: packet[28:] if is_ip and packet[9] == UDP and packet[20:22] == b"\0\x43" else None)
+    assert offer[0] == 2 and offer[16:20] == socket.inet_aton(GUEST)
+    assert b"\x03\x04" + socket.inet_aton(ROUTER) in offer and b"\x06\x04" + socket.inet_aton("10.0.2.3") in offer
+
+
+def test_the_router_answers_arp_and_ping(plug):
+    wire = plug()
+    wire.say(EVERYBODY, ARP, arp(1, GUEST, ROUTER))
+    router = wire.hear(lambda is_ip, packet: packet[8:14] if not is_ip and packet[6:8] == b"\0\x02" else None)
+    echo = struct.pack(">BBHHH", 8, 0, 0, 7, 1) + b"hello"
+    echo = echo[:2] + struct.pack(">H", checksum(echo)) + echo[4:]
+    wire.say(router, IPV4, ip_packet(ICMP, GUEST, ROUTER, echo))
+    assert wire.hear(lambda is_ip, packet: packet[20:] if is_ip and packet[9] == ICMP else None)[4:] == echo[4:]
+
+
+def test_the_hosts_loopback_is_out_of_reach(plug):
+    wire = plug()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as private:
+        private.bind(("", 0))
+        private.settimeout(0)
+        port = private.getsockname()[1]
+        wire.say(EVERYBODY, ARP, arp(1, GUEST, ROUTER))
+        router = wire.hear(lambda is_ip, packet: packet[8:14] if not is_ip else None)
+        for target in (ROUTER, "127.0.0.1", "127.9.9.9", "0.0.0.0", "255.255.255.255"):
+            wire.say(router, IPV4, ip_packet(UDP, GUEST, target, udp(1000, port, b"let me in")))
+        echo = struct.pack(">BBHHH", 8, 0, 0xF7FC, 3, 0)        # answered after what came before it
+        wire.say(router, IPV4, ip_packet(ICMP, GUEST, ROUTER, echo))
+        wire.hear(lambda is_ip, packet: True if is_ip and packet[9] == ICMP and packet[20] == 0 else None)
+        with pytest.raises(BlockingIOError):
+            private.recv(100)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+def test_a_forward_knocks_at_the_guest(plug):
+    port = free_port()
+    wire = plug([f"tcp:{port}:22"])
+    caller = socket.socket()
+    knocking = threading.Thread(target=lambda: caller.connect_ex(("127.0.0.1", port)))
+    knocking.start()
+    with caller:
+        wire.hear(lambda is_ip, packet: True if not is_ip and packet[24:28] == socket.inet_aton(GUEST) else None)
+        wire.say(EVERYBODY, ARP, arp(2, GUEST, ROUTER, bytes.fromhex("525400000202")[:6]))
+        knock = wire.hear(lambda is_ip, packet: packet if is_ip and packet[9] == TCP else None)
+    knocking.join()
+    assert knock[16:20] == socket.inet_aton(GUEST) and struct.unpack(">H", knock[22:24]) == (22,) and knock[33] == 0x02     # SYN
+
+
+def test_a_port_that_is_taken_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(HostError, match=f"Cannot forward tcp port {port} of 127.0.0.1 to the guest: Address already in use"):
+            UserNet(forwards=[f"tcp:{port}:22"])
+
+
+def test_malformed_frames_and_a_guest_that_takes_none_end_nothing(plug):
+    wire = plug()
+    for length in (0, 1, 13, 14, 20, 33, 34, 41, 60, 1514):
+        wire.put(bytes(length))
+        wire.say(EVERYBODY, IPV4, b"\x4f" + b"\xff" * length)
+        wire.say(EVERYBODY, ARP, b"\xff" * length)
+    for _ in range(2000):                                   # more answers than there are buffers and room
+        wire.say(EVERYBODY, ARP, arp(1, GUEST, ROUTER))
+    wire.say(EVERYBODY, ARP, arp(1, GUEST, "10.0.2.3"))
+    assert wire.hear(lambda is_ip, packet: True if not is_ip and packet[14:18] == socket.inet_aton(ROUTER) else None)
+
+
+def test_closing_ends_its_thread():
+    before = threading.active_count()
+    net = UserNet()
+    assert threading.active_count() == before + 1
+    net.close()
+    net.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("text", ["", "tcp", "tcp:22", "tcp:a:22", "sctp:1:2", "tcp:0:22", "tcp:70000:22", "tcp:::1:22:22",
+                                  "tcp:1.2.3:1:2"])
+def test_forwards_that_are_none(text):
+    with pytest.raises(ValueError, match="tcp or udp, an IPv4 address"):
+        Forward().parse(text)

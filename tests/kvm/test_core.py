@@ -1,0 +1,166 @@
+"""The run loop on the machine's own /dev/kvm, with guests of a few bytes: start, stop, pause, power events, reset."""
+import gc
+import os
+import select
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from kvmapp.core import Kvm, Vm
+from kvmapp.devices import Device, PowerEvent
+from kvmapp.errors import HostError
+from kvmapp.memory import GuestMemory
+
+pytestmark = pytest.mark.kvm
+
+MIB = 1 << 20
+CODE = 0x1000
+SPIN = b"\xeb\xfe"                                  # jmp $
+TRIPLE_FAULT = b"\x0f\x01\x1d\x00\x20\x00\x00\x0f\x0b"  # lidt [0x2000] (zeroes); ud2
+COUNT = b"\xff\x05\x00\x30\x00\x00\xeb\xf8"         # inc dword [0x3000]; jmp
+COUNT_PORT = b"\xe6\x80" + b"\xff\x05\x00\x30\x00\x00\xeb\xf6"  # out 0x80, al; inc dword [0x3000]; jmp
+
+
+class Entry:
+    mode, rip, rsp = "protected", CODE, 0x8000
+    rax = rbx = rcx = rdx = rsi = rdi = cr3 = gdt_base = gdt_limit = 0
+
+
+@pytest.fixture
+def make_vm():
+    vms = []
+
+    def make(code, vcpus=1):
+        memory = GuestMemory(16 * MIB)
+        memory.write(CODE, code)
+        vm = Vm(Kvm(), memory)
+        for _ in range(vcpus):
+            vm.add_vcpu(vm.kvm.supported_cpuid())
+        vm.keep_initial()
+        vm.set_entry(Entry)
+        vms.append(vm)
+        return vm
+
+    yield make
+    for vm in vms:
+        vm.close()
+
+
+def counter(vm):
+    return int.from_bytes(vm.memory.read(0x3000, 4), "little")
+
+
+def wait_until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.001)
+
+
+def wait_for_event(vm):
+    ready, _, _ = select.select([vm.power.fd], [], [], 20)
+    assert ready, "no power event"
+    return vm.power.take()
+
+
+def test_a_triple_fault_is_a_reset_wish(make_vm):
+    vm = make_vm(TRIPLE_FAULT)
+    vm.resume()
+    event, code = wait_for_event(vm)
+    assert (event, code) == (PowerEvent.RESET, 8)
+    vm.pause()
+    assert vm.vcpus[0].exit_counts() == {"shutdown": 1}
+
+
+@pytest.mark.parametrize("code", [COUNT, COUNT_PORT], ids=["computing", "doing I/O"])
+def test_a_paused_guest_stands_still_and_goes_on(make_vm, code):
+    vm = make_vm(code)
+    vm.resume()
+    for _ in range(20):
+        before = counter(vm)
+        wait_until(lambda before=before: counter(vm) != before)
+        vm.pause()
+        stopped = counter(vm)
+        assert counter(vm) == stopped
+        assert vm.vcpus[0].registers()["rip"] in range(CODE, CODE + len(code))
+        vm.resume()
+
+
+def test_port_writes_are_counted_as_exits(make_vm):
+    vm = make_vm(COUNT_PORT)
+    vm.resume()
+    wait_until(lambda: counter(vm) > 10)
+    vm.pause()
+    assert vm.vcpus[0].exit_counts()["io"] >= counter(vm) > 10
+
+
+def test_reset_starts_the_guest_again_from_its_entry(make_vm):
+    vm = make_vm(COUNT + b"\xcc")
+    vm.resume()
+    wait_until(lambda: counter(vm) > 0)
+    vm.pause()
+    vm.memory.write(0x3000, bytes(4))
+    vm.reset()
+    assert vm.vcpus[0].registers()["cr0"] & 1 == 0
+    vm.set_entry(Entry)
+    assert vm.vcpus[0].registers()["rip"] == CODE
+    vm.resume()
+    wait_until(lambda: counter(vm) > 0)
+
+
+def test_waiting_vcpus_can_be_paused_and_closed(make_vm):
+    vm = make_vm(SPIN, vcpus=4)
+    vm.resume()
+    vm.pause()
+    vm.resume()
+    vm.close()
+    vm.close()
+
+
+def test_state_is_saved_in_bytes_and_numbers(make_vm):
+    vm = make_vm(SPIN, vcpus=2)
+    state = vm.save()
+    assert len(state["vcpus"]) == 2
+    assert len(state["vcpus"][0]["lapic"]) == 1024
+
+
+def thread_names():
+    """Of this process; a thread that ends while we look is none of them."""
+    for task in os.listdir("/proc/self/task"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            yield Path(f"/proc/self/task/{task}/comm").read_text()
+
+
+def test_closing_ends_the_threads(make_vm):
+    def vcpu_threads():
+        return sum(name.startswith("vcpu") for name in thread_names())
+
+    before = vcpu_threads()
+    vm = make_vm(SPIN, vcpus=2)
+    vm.resume()
+    wait_until(lambda: vcpu_threads() == before + 2)
+    vm.close()
+    wait_until(lambda: vcpu_threads() == before)        # the kernel's side of a joined thread ends a moment later
+
+
+def test_a_dropped_vm_is_collected_whole():
+    vm = Vm(Kvm(), GuestMemory(MIB))
+    vm.add_vcpu(vm.kvm.supported_cpuid())
+    del vm
+    before = len(os.listdir("/proc/self/fd"))
+    gc.collect()                                        # VM and vCPU hold each other
+    assert len(os.listdir("/proc/self/fd")) < before
+
+
+def test_a_bus_without_devices_answers_ones(make_vm):
+    vm = make_vm(SPIN)
+    vm.pio.map(0x10, 4, Device())
+    assert vm.pio.read(0x10, 4) == 0xFFFF_FFFF
+
+
+@pytest.mark.parametrize(("path", "words"), [("/dev/no-kvm", "No such file"), ("/dev/null", "not KVM|lacks|Inappropriate")])
+def test_what_is_not_kvm_is_named(path, words):
+    with pytest.raises(HostError, match=words):
+        Kvm(path)

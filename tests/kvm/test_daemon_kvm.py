@@ -1,0 +1,239 @@
+"""The daemon with true guests: killed a hundred times, upgraded away, its domains ended in every way a guest can end."""
+import contextlib
+import os
+import re
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from kvmapp import errors
+from kvmapp.client import Client, of
+from kvmapp.probe import IMAGE
+from tests.unit.daemon.host import Host
+
+KILLS = int(os.environ.get("KVMAPP_TEST_KILLS", "100"))
+COUNTERS = ("a", "b", "c")
+pytestmark = [pytest.mark.kvm, pytest.mark.skipif(os.geteuid() != 0, reason="domain processes change their user: needs root")]
+
+
+class KvmHost(Host):
+    def __init__(self, root):
+        super().__init__(root)
+        self.options = ["--domain-module", "kvmapp.vmprocess"]
+        shutil.copy(IMAGE, root)
+
+    def guest(self, name, cmdline, top="", rest=""):
+        """A domain with the probe guest; what it prints is added to NAME.out."""
+        self.file(name).write_text(f"name = {name}\nmemory = 32 MiB\n{top}[boot]\nkernel = {self.root}/probe.elf\n"
+                                   f"cmdline = {cmdline}\n[serial 0]\nlog = {self.root}/{name}.out\n{rest}")
+
+    def counts(self, name):
+        return [int(number) for number in re.findall(r"^count (\d+)\r?$", self.printed(name), re.MULTILINE)]
+
+    def printed(self, name):
+        path = Path(self.root, f"{name}.out")
+        return path.read_text() if path.exists() else ""
+
+
+@pytest.fixture
+def host():
+    root = tempfile.mkdtemp(prefix="kvmapp-")
+    one = KvmHost(root)
+    try:
+        yield one
+    finally:
+        one.clean_up()
+        shutil.rmtree(root)
+
+
+@pytest.mark.timeout(1200)
+def test_daemon_killed_a_hundred_times_under_load(host):
+    """The counters that the guests print go on by one and never stand still, and all states are right afterwards."""
+    for name in COUNTERS:
+        host.guest(name, "steps=none mode=counter period=50")
+    host.guest("busy", "steps=none mode=counter")
+    host.guest("nodding", "steps=none mode=counter")
+    host.start()
+    pids = {name: host.post(name, "start")["domain"]["pid"] for name in (*COUNTERS, "nodding")}
+    stop = threading.Event()
+    loads = [threading.Thread(target=load, args=(host, stop, verbs)) for verbs in
+             ((("busy", "start", {}), ("busy", "destroy", {})), (("nodding", "suspend", {}), ("nodding", "resume", {})),
+              (("a", "autostart", {"enabled": True}), ("a", "description", {"title": "counts", "config": True})))]
+    for thread in loads:
+        thread.start()
+    try:
+        for number in range(KILLS):
+            before = {name: len(host.counts(name)) for name in COUNTERS}
+            time.sleep(0.03 * (number % 5))
+            host.kill()
+            host.start()
+            for name in COUNTERS:
+                host.eventually(lambda name=name, before=before: len(host.counts(name)) > before[name], f"{name} counts on")
+    finally:
+        stop.set()
+        for thread in loads:
+            thread.join(60)
+    for name in COUNTERS:
+        counts = host.counts(name)
+        assert counts == list(range(1, len(counts) + 1)), name
+    host.eventually(lambda: host.domain("busy")["job"] is None)
+    states = host.states()
+    assert [states[name] for name in COUNTERS] == ["running"] * len(COUNTERS)
+    assert states["nodding"] in ("running", "paused") and states["busy"] in ("running", "shut off")
+    assert {name: host.domain(name)["pid"] for name in pids} == pids
+    assert sorted(host.records()) == sorted(name for name, state in states.items() if state != "shut off")
+    for name in states:
+        with contextlib.suppress(errors.DomainNotRunning):
+            host.post(name, "destroy")
+        host.post(name, "start")
+        assert host.post(name, "destroy")["domain"]["reason"] == "destroyed"
+
+
+def load(host, stop, verbs):
+    while not stop.is_set():
+        for name, verb, body in verbs:
+            with contextlib.suppress(errors.KvmappError, OSError), Client(host.paths.socket, timeout=20) as client:
+                client.post(of(name, verb), **body)
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("cmdline", "top", "reason", "words"), [
+    ("steps=none end=poweroff", "", "shutdown", "the guest powered off"),
+    ("steps=none end=crash", "", "crashed", "the guest crashed"),
+    ("steps=none end=triple", "on_reboot = destroy\n", "shutdown", "triple fault"),
+    ("steps=none end=reset", "on_reboot = destroy\n", "shutdown", "the guest reset itself")])
+def test_how_a_guest_ends(host, cmdline, top, reason, words):
+    host.guest("a", cmdline, top)
+    host.start()
+    with contextlib.suppress(errors.KvmappError):
+        host.post("a", "start")
+    host.eventually(lambda: host.domain("a")["state"] == "shut off")
+    one = host.domain("a")
+    assert one["reason"] == reason and words in one["text"]
+    assert host.records() == {}
+
+
+def test_on_poweroff_restart_and_preserve(host):
+    host.guest("again", "steps=none banner=hello end=poweroff", "on_poweroff = restart\n")
+    host.guest("kept", "steps=none end=poweroff", "on_poweroff = preserve\n")
+    host.start()
+    pid = host.post("again", "start")["domain"]["pid"]
+    host.eventually(lambda: host.printed("again").count("hello") > 2)
+    assert host.domain("again")["pid"] == pid
+    host.post("again", "destroy")
+    host.post("kept", "start")
+    host.eventually(lambda: host.domain("kept")["state"] == "paused")
+    assert host.domain("kept")["reason"] == "shutdown"
+    host.post("kept", "destroy")
+
+
+def test_suspended_guest_stands_still_and_goes_on(host):
+    host.guest("a", "steps=none mode=counter period=20")
+    host.start()
+    host.post("a", "start")
+    host.eventually(lambda: host.counts("a"))
+    host.post("a", "suspend")
+    before = host.counts("a")
+    host.kill()
+    host.start()
+    assert host.domain("a")["state"] == "paused" and host.counts("a") == before
+    host.post("a", "resume")
+    host.eventually(lambda: len(host.counts("a")) > len(before))
+    counts = host.counts("a")
+    assert counts == list(range(1, len(counts) + 1))
+
+
+def test_start_paused_runs_no_instruction(host):
+    host.guest("a", "steps=none mode=counter period=20")
+    host.start()
+    assert host.post("a", "start", paused=True)["domain"]["state"] == "paused"
+    exits = host.get("a", "stats")["exits"]
+    assert sum(exits.values()) == 0 and host.counts("a") == []
+    host.post("a", "resume")
+    host.eventually(lambda: host.counts("a"))
+
+
+def test_power_button_and_a_guest_that_ignores_it(host):
+    host.guest("good", "steps=none mode=counter")
+    host.guest("deaf", "steps=none mode=counter button=ignore")
+    host.start()
+    for name in ("good", "deaf"):
+        host.post(name, "start")
+        host.eventually(lambda name=name: host.counts(name))
+    assert host.post("good", "shutdown", timeout=60)["domain"]["reason"] == "shutdown"
+    with pytest.raises(errors.GuestIgnored, match="ignores ACPI"):
+        host.post("deaf", "shutdown", timeout=0.5)
+    assert host.domain("deaf")["state"] == "running"
+
+
+def test_reboot_restarts_in_place(host):
+    host.guest("a", "steps=none mode=counter period=20 banner=hello")
+    host.start()
+    pid = host.post("a", "start")["domain"]["pid"]
+    host.eventually(lambda: host.counts("a"))
+    host.post("a", "reboot")
+    host.eventually(lambda: host.printed("a").count("hello") == 2)
+    assert host.domain("a")["pid"] == pid and host.domain("a")["state"] == "running"
+
+
+def test_kernel_that_cannot_be_started_is_told(host):
+    host.guest("gone", "steps=none")
+    host.guest("cheese", "steps=none")
+    Path(host.root, "cheese").write_bytes(b"cheese" * 1000)
+    for name, kernel in (("gone", "nothing"), ("cheese", "cheese")):
+        host.file(name).write_text(host.file(name).read_text().replace("probe.elf", kernel))
+    host.start()
+    with pytest.raises(errors.KvmappError) as caught:
+        host.post("gone", "start")
+    assert "No such file or directory" in caught.value.message and f"{host.root}/nothing" in caught.value.message
+    with pytest.raises(errors.KvmappError) as caught:
+        host.post("cheese", "start")
+    assert "cheese" in caught.value.message
+    assert set(host.states().values()) == {"shut off"} and host.records() == {}
+
+
+def test_disk_is_locked_while_its_domain_runs_and_free_afterwards(host):
+    image = Path(host.root, "disk.img")
+    image.write_bytes(b"\0" * (1 << 20))
+    host.guest("a", "steps=none mode=counter", rest=f"[disk vda]\nsource = {image}\n")
+    host.start()
+    for _ in range(3):
+        pid = host.post("a", "start")["domain"]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        host.eventually(lambda: host.domain("a")["state"] == "shut off")
+    host.post("a", "start")
+    assert host.domain("a")["disks"][0]["source"] == str(image)
+    assert host.get("a", "stats")["disks"][0]["name"] == "vda"
+
+
+def test_twenty_guests_started_at_once_and_their_cost(host):
+    names = [f"g{number:02}" for number in range(20)]
+    for name in names:
+        host.guest(name, "steps=none mode=counter period=1000")
+    host.start()
+    failures = []
+
+    def start(name):
+        try:
+            host.post(name, "start")
+        except errors.KvmappError as error:
+            failures.append((name, str(error)))
+    threads = [threading.Thread(target=start, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert failures == [] and set(host.states().values()) == {"running"}
+    private = private_memory(host.domain("g00")["pid"])
+    assert private < 16 << 20, f"{private >> 10} KiB are a guest's own, of its 32 MiB"
+
+
+def private_memory(pid):
+    """What the process alone holds, its guest's touched memory included."""
+    with open(f"/proc/{pid}/smaps_rollup") as lines:
+        return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))

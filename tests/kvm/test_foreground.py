@@ -1,0 +1,197 @@
+"""`kvmapp run` as a user types it: every bad input gives one clear line with a hint and exit 1; the terminal stays as it was."""
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from kvmapp.probe import IMAGE
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = [sys.executable, "-m", "kvmapp", "run"]
+ELF_TO_NOWHERE = b"\x7fELF\x02\x01\x01" + bytes(57)
+
+pytestmark = pytest.mark.kvm
+
+
+def run(*words, timeout=60):
+    return subprocess.run([*RUN, *map(str, words)], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                          timeout=timeout)
+
+
+@pytest.mark.parametrize(("words", "error"), [
+    (["--kernel", "/no/kernel"], "/no/kernel"),
+    (["--kernel", "{tmp}/empty"], "empty"),
+    (["--kernel", "{tmp}/text"], "text"),
+    (["--kernel", "{tmp}/elf"], "elf"),
+    (["--kernel", "{tmp}"], "is a folder"),
+    (["--kernel", "{probe}", "--initrd", "/no/initrd"], "/no/initrd"),
+    (["--kernel", "{probe}", "--disk", "/no/disk.img"], "Cannot open disk 'vda' (/no/disk.img)"),
+    (["--kernel", "{probe}", "--disk", "{tmp}"], "directory"),
+    (["--kernel", "{probe}", "--net", "tap=tap-none"], "Cannot use tap 'tap-none': No such device"),
+    (["--kernel", "{probe}", "--net", "bridge=br0"], "needs the daemon"),
+    (["--kernel", "{probe}", "--memory", "1"], "memory"),
+    (["--kernel", "{probe}", "--memory", "16777216"], "guest memory"),
+    (["--kernel", "{probe}", "--vcpus", "0"], "vcpus"),
+    (["--kernel", "{probe}", "--vcpus", "many"], "many"),
+    (["--kernel", "{probe}", "--memroy", "64"], "unknown option '--memroy'"),
+    (["--kernel"], "wants an argument"),
+    ([], "nothing to boot"),
+    (["/no/domain.conf"], "/no/domain.conf"),
+    (["{tmp}/broken.conf"], "kernal"),
+    (["{tmp}/text", "{tmp}/empty"], "one domain file"),
+])
+def test_bad_input_is_one_clear_error(tmp_path, words, error):
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "text").write_text("#!/bin/sh\necho I am no kernel\n")
+    (tmp_path / "elf").write_bytes(ELF_TO_NOWHERE)
+    (tmp_path / "broken.conf").write_text("name = a\nmemory = 64\n[boot]\nkernal = /x\n")
+    done = run(*(word.format(tmp=tmp_path, probe=IMAGE) for word in words))
+    assert done.returncode == 1, done
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("error: "), done.stderr
+    assert error in lines[0]
+    assert len(lines) <= 2
+    assert len(lines) == 1 or lines[1].startswith("hint: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_nearest_key_is_named(tmp_path):
+    (tmp_path / "broken.conf").write_text("name = a\nmemory = 64\n[boot]\nkernal = /x\n")
+    done = run(tmp_path / "broken.conf")
+    assert f"{tmp_path}/broken.conf:4" in done.stderr
+    assert "kernel" in done.stderr
+
+
+def test_a_domain_file_runs(tmp_path):
+    (tmp_path / "probe.conf").write_text(
+        f"name = probe\nmemory = 32 MiB\n[boot]\nkernel = {IMAGE}\ncmdline = report=serial steps=cpu,serial\n[debug]\nexit_port = yes\n")
+    done = run(tmp_path / "probe.conf")
+    assert done.returncode == 1                         # debug exit 0
+    assert "ok serial" in done.stdout
+    assert "done passed=2 failed=0" in done.stdout
+
+
+class Terminal:
+    """A guest on a pseudo terminal, as on a user's."""
+
+    def __init__(self, *words):
+        self.master, slave = pty.openpty()
+        self.before = termios.tcgetattr(slave)
+        self.slave = slave
+        self.seen = b""
+        self.process = subprocess.Popen([*RUN, "--kernel", IMAGE, "--memory", "32", "--append", *words], cwd=ROOT, stdin=slave,
+                                        stdout=slave, stderr=slave, start_new_session=True)
+
+    def expect(self, text: bytes, seconds=60):
+        deadline = time.monotonic() + seconds
+        while text not in self.seen:
+            assert select.select([self.master], [], [], max(0, deadline - time.monotonic()))[0], f"no {text!r} in {self.seen!r}"
+            self.seen += os.read(self.master, 65536)
+
+    def type(self, keys: bytes):
+        os.write(self.master, keys)
+
+    def is_restored(self) -> bool:
+        return termios.tcgetattr(self.slave) == self.before
+
+    def close(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def terminal():
+    opened = []
+
+    def make(*words):
+        opened.append(Terminal(*words))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+
+
+def child_of(process) -> int:
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+
+
+def test_keys_go_to_the_guest_and_the_leave_key_ends_it(terminal):
+    guest = terminal("steps=none mode=echo report=serial")
+    guest.expect(b"ready")
+    assert not guest.is_restored()
+    guest.type(b"hello\x03")                            # Ctrl-C is the guest's, too
+    guest.expect(b"hello\x03")
+    guest.type(b"\x1d")
+    assert guest.process.wait(30) == 5
+    assert guest.is_restored()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_the_terminal_is_restored_when_the_machine_dies(terminal, number):
+    guest = terminal("steps=none mode=echo report=serial")
+    guest.expect(b"ready")
+    os.kill(child_of(guest.process), number)
+    assert guest.process.wait(30) == 128 + number
+    assert guest.is_restored()
+
+
+def test_an_error_leaves_the_terminal_alone(terminal):
+    guest = terminal("steps=none", "--disk", "/no/disk.img")
+    guest.expect(b"error: Cannot open disk 'vda' (/no/disk.img)")
+    assert guest.process.wait(30) == 1
+    assert guest.is_restored()
+
+
+@pytest.mark.parametrize(("words", "status", "text"), [
+    ("steps=none end=poweroff", 0, "the guest powered off"),
+    ("steps=none end=triple", 3, "triple fault"),
+    ("steps=none end=reset", 3, "reset"),
+    ("steps=none end=reset-i8042", 3, "reset"),
+])
+def test_the_exit_status_tells_how_the_guest_ended(words, status, text):
+    done = run("--kernel", IMAGE, "--memory", "32", "--append", words, "--no-reboot")
+    assert done.returncode == status
+    assert text in done.stderr
+
+
+def test_the_power_button_is_pressed_by_the_first_signal(terminal):
+    guest = terminal("steps=none mode=echo report=serial")
+    guest.expect(b"ready")
+    guest.process.terminate()
+    guest.expect(b"power button")
+    assert guest.process.wait(30) == 0
+
+
+def test_a_second_signal_ends_a_guest_that_ignores_the_button(terminal):
+    guest = terminal("steps=none mode=echo report=serial button=ignore")
+    guest.expect(b"ready")
+    guest.process.terminate()
+    guest.type(b"still here")
+    guest.expect(b"still here")
+    guest.process.terminate()
+    assert guest.process.wait(30) == 5
+
+
+def test_a_guest_restarts_in_place():
+    """on_reboot = restart: the banner comes again and again, until we end it."""
+    process = subprocess.Popen([*RUN, "--kernel", IMAGE, "--memory", "32", "--append", "steps=none end=reset banner=ONCE"],
+                               cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        seen = b""
+        while seen.count(b"ONCE") < 4:
+            assert select.select([process.stdout], [], [], 60)[0]
+            seen += os.read(process.stdout.fileno(), 4096)
+    finally:
+        process.send_signal(signal.SIGQUIT)
+        assert process.wait(30) == 5

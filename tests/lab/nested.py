@@ -1,0 +1,230 @@
+"""One nested host: QEMU's software emulator with AMD SVM in it, and three virtio ports to tell it what to do.
+
+The agent in it (host/agent) takes one request a line on the control port; a command's output comes back on two more
+ports, ended on both by \\001, a token that no output can guess, and the exit status.
+"""
+import os
+import secrets
+import selectors
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import termios
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.lab.errors import LabError, NestedHostDied, TimeIsUp
+from tests.lab.images import Images
+
+BOOT_TIMEOUT = 240
+PORTS = ("control", "out", "err")
+
+
+
+@dataclass
+class Hardware:
+    """What the nested host is made of."""
+
+    cpus: int = 2
+    memory: int = 3072
+    disk: Path | None = None                            # a persistent overlay; None: changes are forgotten
+    sysvinit: bool = False                              # boot Debian's init with its init scripts
+    terminal: bool = False                              # hvc0 is this terminal
+    qemu: list[str] = field(default_factory=list)       # more options for QEMU
+
+
+@dataclass
+class Share:
+    """The folders of this machine that the nested host sees."""
+
+    checkout: Path
+    python: Path
+    out: Path
+
+
+class NestedHost:
+    """A nested host that this process started, or one that a former run left running (see `attach`)."""
+
+    def __init__(self, folder: Path, out: Path) -> None:
+        self.folder = folder                            # sockets and logs
+        self.out = out
+        self.qemu: subprocess.Popen | None = None
+        self.ports: dict[str, socket.socket] = {}
+
+    def start(self, images: Images, hardware: Hardware, share: Share, outlive: bool = False) -> None:
+        """Starts QEMU; `outlive`: it goes on when this process ends."""
+        command = _qemu_command(self.folder, images, hardware, share)
+        if not outlive:
+            command = ["setpriv", "--pdeathsig", "KILL", *command]
+        with open(self.folder / "qemu.log", "wb") as log:
+            stdio = None if hardware.terminal else subprocess.DEVNULL
+            output = None if hardware.terminal else log
+            self.qemu = subprocess.Popen(command, stdin=stdio, stdout=output, stderr=log, start_new_session=outlive)
+        (self.folder / "pid").write_text(str(self.qemu.pid))
+        self.attach()
+
+    def attach(self) -> None:
+        """Connects to the ports."""
+        for name in PORTS:
+            self.ports[name] = self._connect(self.folder / name)
+
+    def run(self, words: list[str], timeout: float, outputs: tuple[int, int] = (1, 2)) -> int:
+        """Runs a command, its output live on ours, for `timeout` seconds at most (0: no limit); its exit status."""
+        self._write_command(f"cd /src && exec {shlex.join(words)}" if len(words) > 1 else f"cd /src\n{words[0]}\n")
+        return self._request("run", timeout, outputs)
+
+    def shell(self) -> None:
+        """An interactive shell on hvc0, which is our terminal."""
+        size = os.get_terminal_size() if sys.stdout.isatty() else os.terminal_size((80, 24))
+        self._write_command(f"export TERM={shlex.quote(os.environ.get('TERM', 'vt100'))}\n"
+                            f"stty sane rows {size.lines} cols {size.columns} 2>/dev/null\ncd /src; exec bash -l\n")
+        self._request("shell", 0)
+
+    def power_off(self) -> None:
+        """Ends it in order; a host that does not go within a minute is killed."""
+        self.ports["control"].sendall(b"poweroff\n")
+        deadline = time.monotonic() + 60
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.kill()
+
+    def kill(self) -> None:
+        if self.alive():
+            os.kill(self.pid(), signal.SIGKILL)
+        if self.qemu:
+            self.qemu.wait()
+
+    def alive(self) -> bool:
+        if self.qemu:
+            return self.qemu.poll() is None
+        try:
+            return b"qemu-system" in Path(f"/proc/{self.pid()}/cmdline").read_bytes()
+        except (OSError, ValueError):
+            return False
+
+    def pid(self) -> int:
+        return int((self.folder / "pid").read_text())
+
+    # -- in order of use
+
+    def _connect(self, path: Path) -> socket.socket:
+        port = socket.socket(socket.AF_UNIX)
+        deadline = time.monotonic() + 10
+        while True:
+            try:
+                port.connect(str(path))
+                return port
+            except OSError:
+                if not self.alive() or time.monotonic() > deadline:
+                    raise self._died("QEMU did not start") from None
+                time.sleep(0.02)
+
+    def _write_command(self, script: str) -> None:
+        (self.out / ".command").write_text(script)
+
+    def _request(self, verb: str, timeout: float, outputs: tuple[int, int] = (1, 2)) -> int:
+        token = secrets.token_hex(16)
+        self.ports["control"].sendall(f"{verb} {token}\n".encode())
+        deadline = time.monotonic() + timeout if timeout else None
+        streams = {self.ports[name]: Stream(token, descriptor) for name, descriptor in zip(("out", "err"), outputs, strict=True)}
+        with selectors.DefaultSelector() as selector:
+            for port in streams:
+                selector.register(port, selectors.EVENT_READ)
+            while any(stream.status is None for stream in streams.values()):
+                ready = selector.select(max(0.0, deadline - time.monotonic()) if deadline else None)
+                if not ready:
+                    raise TimeIsUp(f"no end after {timeout:g} s")
+                for key, _ in ready:
+                    data = key.fileobj.recv(65536)       # type: ignore[union-attr]
+                    if not data:
+                        raise self._died("the nested host died (a panic, a reset, or QEMU failed)")
+                    streams[key.fileobj].take(data)      # type: ignore[index]
+        return max(stream.status or 0 for stream in streams.values())
+
+    def _died(self, what: str) -> NestedHostDied:
+        if self.qemu:
+            self.qemu.wait()
+        tails = [f"-- end of {name}:\n{_tail(self.folder / name)}" for name in ("qemu.log", "console.log")
+                 if _tail(self.folder / name)]
+        return NestedHostDied("\n".join([what, *tails]))
+
+
+class Stream:
+    """Passes a command's output on until the line that ends it."""
+
+    def __init__(self, token: str, descriptor: int) -> None:
+        self.end = b"\1" + token.encode() + b" "
+        self.descriptor = descriptor
+        self.held = b""
+        self.status: int | None = None
+
+    def take(self, data: bytes) -> None:
+        data = self.held + data
+        found = data.find(self.end)
+        if found < 0:                                    # the end may begin in the last bytes
+            start = data.rfind(b"\1", max(0, len(data) - len(self.end)))
+            keep = start if start >= 0 and self.end.startswith(data[start:]) else len(data)
+        else:
+            keep = found
+            number, newline, _ = data[found + len(self.end):].partition(b"\n")
+            if newline:
+                self.status = int(number)
+        self._write(data[:keep])
+        self.held = data[keep:]
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self.descriptor, data):]
+
+
+def _tail(path: Path) -> str:
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "\n".join("    " + line.rstrip() for line in lines[-25:])
+
+
+def _qemu_command(folder: Path, images: Images, hardware: Hardware, share: Share) -> list[str]:
+    disk = f"file={images.disk},format=raw,snapshot=on,cache=unsafe"
+    if hardware.disk:
+        disk = f"file={hardware.disk},format=qcow2,cache=writeback"
+    boot = " lab.boot" if hardware.sysvinit else ""
+    command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+               "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(hardware.cpus), "-m", str(hardware.memory),
+               "-kernel", str(images.kernel), "-initrd", str(images.initrd), "-append",
+               f"console=ttyS0 panic=-1 quiet mitigations=off nokaslr random.trust_cpu=on{boot}",
+               "-drive", f"if=virtio,{disk}", "-serial", f"file:{folder / 'console.log'}",
+               "-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]
+    if hardware.terminal:
+        command += ["-chardev", "stdio,id=terminal,signal=off", "-device", "virtconsole,chardev=terminal,nr=0"]
+    for number, name in enumerate(PORTS, 1):
+        command += ["-chardev", f"socket,id={name},path={folder / name},server=on,wait=off",
+                    "-device", f"virtserialport,chardev={name},name={name},nr={number}"]
+    for tag, path in (("src", share.checkout), ("out", share.out), ("lab,readonly=on", images.guests),
+                      ("python,readonly=on", share.python)):
+        command += ["-virtfs", f"local,path={path},security_model=none,multidevs=remap,mount_tag={tag}"]
+    return command + hardware.qemu
+
+
+class SavedTerminal:
+    """Puts the terminal back as it was, whatever QEMU did to it."""
+
+    def __enter__(self) -> None:
+        self.state = termios.tcgetattr(0) if os.isatty(0) else None
+
+    def __exit__(self, *exception: object) -> None:
+        if self.state:
+            termios.tcsetattr(0, termios.TCSANOW, self.state)
+
+
+def new_folder() -> Path:
+    """A private folder whose path is short enough for UNIX sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="kvmapp-lab-", dir="/tmp"))
+    if len(str(folder)) > 80:
+        raise LabError(f"the path {folder} is too long for a UNIX socket")
+    return folder

@@ -1,0 +1,133 @@
+"""The lab's own parts, as far as they go without a nested host: cpio archives, the cache, the streams of a command."""
+import gzip
+import os
+import subprocess
+import threading
+
+import pytest
+
+from tests.lab import cache, commandline, debian, initramfs
+from tests.lab.errors import LabError
+from tests.lab.nested import Stream
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVMAPP_CACHE", str(tmp_path / "cache"))
+
+
+def test_linux_would_unpack_the_archive(tmp_path):
+    """Judged by reading it back in the words of the specification."""
+    script = tmp_path / "script"
+    script.write_bytes(b"#!/bin/sh\n")
+    packed = initramfs.archive({"bin/script": initramfs.program(script), "bin/sh": initramfs.symlink("script")})
+    data = gzip.decompress(packed)
+    found, at = {}, 0
+    while True:
+        assert at % 4 == 0 and data[at:at + 6] == b"070701"
+        mode, size, name_size = (int(data[at + offset:at + offset + 8], 16) for offset in (14, 54, 94))
+        name = data[at + 110:at + 110 + name_size - 1].decode()
+        content = at + (110 + name_size + 3) // 4 * 4
+        if name == "TRAILER!!!":
+            break
+        found[name] = (oct(mode), data[content:content + size])
+        at = content + (size + 3) // 4 * 4
+    assert found == {"bin": ("0o40755", b""), "bin/script": ("0o100755", b"#!/bin/sh\n"), "bin/sh": ("0o120777", b"script")}
+
+
+def test_an_artifact_is_built_once_whoever_asks():
+    built = []
+
+    def build(folder):
+        built.append(folder)
+        (folder / "content").write_text("whole")
+
+    def ask():
+        answers.append((cache.artifact("thing", ["v1"], build) / "content").read_text())
+
+    answers: list[str] = []
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == ["whole"] * 8
+    assert len(built) == 1
+
+
+def test_an_artifact_is_built_anew_when_its_input_changes(tmp_path):
+    source = tmp_path / "source"
+    source.write_text("one")
+    first = cache.artifact("thing", ["v1", source, cache.artifact], lambda folder: None)
+    assert cache.artifact("thing", ["v1", source, cache.artifact], lambda folder: None) == first
+    source.write_text("two")
+    assert cache.artifact("thing", ["v1", source, cache.artifact], lambda folder: None) != first
+
+
+def test_a_failed_build_leaves_nothing():
+    def build(folder):
+        (folder / "half").touch()
+        raise LabError("no network")
+
+    with pytest.raises(LabError):
+        cache.artifact("thing", ["v1"], build)
+    assert [path.name for path in cache.cache_folder().iterdir()] == ["lab-thing.lock"]
+
+
+def test_old_artifacts_and_leftovers_go_when_a_new_one_is_made():
+    old = cache.artifact("thing", ["v1"], lambda folder: None)
+    os.utime(old, (0, 0))
+    leftover = cache.cache_folder() / ".lab-thing-killed"
+    leftover.mkdir()
+    other = cache.artifact("another", ["v1"], lambda folder: None)
+    os.utime(other, (0, 0))
+    new = cache.artifact("thing", ["v2"], lambda folder: None)
+    assert new.is_dir() and other.is_dir()
+    assert not old.exists() and not leftover.exists()
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_a_command_s_output_ends_at_its_token_however_it_is_cut(capfd, size):
+    stream = Stream("cafe", 1)
+    sent = b"one\n\1\1two\1caf\n\1cafe 17\n"
+    for start in range(0, len(sent), size):
+        assert stream.status is None
+        stream.take(sent[start:start + size])
+    assert stream.status == 17
+    assert capfd.readouterr().out == "one\n\1\1two\1caf\n"
+
+
+def test_a_failed_step_shows_the_end_of_what_it_said():
+    with pytest.raises(LabError, match=r"(?s)'trying' failed with status 3: sh .*line 30\n.*line 49$"):
+        debian.run_step("trying", ["sh", "-c", "for n in $(seq 49); do echo line $n; done; exit 3"])
+
+
+def test_missing_packages_are_named_to_who_may_not_install_them(monkeypatch, tmp_path):
+    monkeypatch.setattr(debian.shutil, "which", lambda program, path=None: "/usr/bin/apt-get" if program == "apt-get" else None)
+    monkeypatch.setattr(debian.os, "geteuid", lambda: 1000)
+    with pytest.raises(LabError, match=r"debootstrap.*\nhint: as root: apt-get install .*qemu-system-x86"):
+        debian.install_tools()
+
+
+def test_no_apt_get_is_said_to_be_missing(monkeypatch):
+    monkeypatch.setattr(debian.shutil, "which", lambda program, path=None: None)
+    with pytest.raises(LabError, match="no apt-get"):
+        debian.install_tools()
+
+
+def test_nothing_to_run_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit):
+        commandline.main([])
+    assert "name a command, or --keep" in capsys.readouterr().err
+
+
+def test_another_python_than_the_nested_host_s_is_refused(monkeypatch, tmp_path):
+    (tmp_path / ".venv/lib/python3.13/site-packages").mkdir(parents=True)
+    monkeypatch.setattr(commandline, "CHECKOUT", tmp_path)
+    with pytest.raises(LabError, match=r"has Python 3\.11, this build is for python3\.13"):
+        commandline.site_packages()
+
+
+@pytest.mark.parametrize("script", ["host/init", "host/agent", "host/initrd-init", "guest/init", "guest/initrd-init", "guest/dhcp-script"])
+def test_the_scripts_are_shell(script):
+    assert subprocess.run(["sh", "-n", commandline.CHECKOUT / "tests/lab" / script], check=False).returncode == 0

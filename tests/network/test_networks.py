@@ -1,0 +1,342 @@
+"""Virtual networks as the daemon keeps them, on a host in a network namespace: real bridges, real nft, real dnsmasq."""
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvmapp import errors
+from tests.network import namespaces
+
+REASON = namespaces.missing()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+CARD = "[interface 0]\ntype = network\nsource = default\nmac = 52:54:00:00:00:0{}\n"
+
+
+@pytest.fixture
+def host():
+    with namespaces.a_network_host() as one:
+        yield one
+
+
+def lease(host, guest, *options):
+    """What DHCP gave the guest, in udhcpc's words."""
+    script = Path(host.root) / "dhcp"
+    script.write_text(namespaces.DHCP_SCRIPT)
+    script.chmod(0o755)
+    words = guest.run("busybox", "udhcpc", "-q", "-n", "-t", "20", "-T", "1", "-i", "eth0", "-s", str(script), *options).split()
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def answers(namespace, address, family="-4"):
+    return namespace.run("busybox", "ping", family, "-c", "1", "-W", "2", address, check=False).returncode == 0
+
+
+def lookup(guest, name):
+    found = guest.run("busybox", "nslookup", name, "192.168.122.1", check=False).stdout
+    return [line.split()[-1] for line in found.split("Name:")[-1].splitlines() if line.startswith("Address")]
+
+
+def listener(namespace, port):
+    """Says hello to whoever connects."""
+    code = (f"import socket; s = socket.create_server(('', {port})); print('ready', flush=True)\n"
+            "while True: c = s.accept()[0]; c.sendall(b'hello ' + c.getpeername()[0].encode()); c.close()")
+    process = namespace.popen(sys.executable, "-c", code)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def call(namespace, address, port):
+    code = f"import socket; print(socket.create_connection(('{address}', {port}), 5).makefile().read())"
+    return namespace.run(sys.executable, "-c", code, check=False).stdout.strip()
+
+
+def test_a_network_comes_and_goes_without_a_trace(host):
+    host.network()
+    host.start()
+    before = host.traces()
+    started = host.net("post", "default", "start")["network"]
+    assert (started["state"], started["bridge"]) == ("active", "virbr0")
+    assert host.dnsmasqs() == [str(started["dnsmasq"])]
+    assert f"mac = {json.loads(host.run('ip', '-json', 'link', 'show', 'virbr0'))[0]['address']}" in \
+        Path(host.paths.networks, "default.conf").read_text()
+    with pytest.raises(errors.KvmappError, match="network is already active"):
+        host.net("post", "default", "start")
+    stopped = host.net("post", "default", "destroy")["network"]
+    assert (stopped["state"], stopped["bridge"], stopped["dnsmasq"]) == ("inactive", None, None)
+    assert host.traces() == before
+    assert os.listdir(host.paths.network_run) in (["autostarted"], [])
+    with pytest.raises(errors.NetworkInactive, match="network 'default' is not active"):
+        host.net("post", "default", "destroy")
+
+
+def test_guests_get_addresses_reach_each_other_and_the_outside(host):
+    host.network()
+    host.start()
+    outside = host.outside()
+    host.net("post", "default", "start")
+    ann, bob = host.plug("virbr0", "g0", "52:54:00:00:00:01"), host.plug("virbr0", "g1", "52:54:00:00:00:02")
+    told = lease(host, ann, "-x", "hostname:ann")
+    assert (told["router"], told["dns"]) == ("192.168.122.1", "192.168.122.1")
+    other = lease(host, bob, "-x", "hostname:bob")
+    assert lookup(ann, "bob") == [other["lease"]] and lookup(bob, "ann") == [told["lease"]]
+    assert answers(ann, other["lease"]) and answers(ann, "203.0.113.1")
+    leases = host.net("get", "default", "leases")["leases"]
+    assert {(one["mac"], one["address"], one["hostname"]) for one in leases} == {
+        ("52:54:00:00:00:01", told["lease"], "ann"), ("52:54:00:00:00:02", other["lease"], "bob")}
+    assert host.net("get", "default", "leases", mac="52:54:00:00:00:02")["leases"][0]["hostname"] == "bob"
+    listener(outside, 7)
+    assert call(ann, "203.0.113.1", 7) == "hello 203.0.113.2"          # under the host's address
+
+
+def test_forwards_and_fixed_addresses_change_while_it_is_active(host):
+    host.network()
+    host.start()
+    outside = host.outside()
+    host.net("post", "default", "start")
+    host.net("post", "default", "update", command="add", section="host", name="web",
+             settings={"mac": "52:54:00:00:00:01", "ipv4": "192.168.122.10"})
+    web = host.plug("virbr0", "g0", "52:54:00:00:00:01")
+    assert lease(host, web)["lease"] == "192.168.122.10"
+    assert lookup(web, "web") == ["192.168.122.10"]
+    listener(web, 80)
+    assert call(outside, "203.0.113.2", 8080) == ""
+    host.net("post", "default", "update", command="add", section="forward", name="http",
+             settings={"port": "8080", "to": "web", "to_port": "80"})
+    assert call(outside, "203.0.113.2", 8080) == "hello 203.0.113.1"
+    assert call(host.namespace, "203.0.113.2", 8080).startswith("hello")
+    neighbour = host.plug("virbr0", "g1", "52:54:00:00:00:02")
+    lease(host, neighbour)
+    assert call(neighbour, "203.0.113.2", 8080) == "hello 192.168.122.1"        # by the host, and back by it
+    assert "[forward http]" in Path(host.paths.networks, "default.conf").read_text()
+    host.net("post", "default", "update", command="delete", section="forward", name="http")
+    assert call(outside, "203.0.113.2", 8080) == ""
+    assert "forward http" not in Path(host.paths.networks, "default.conf").read_text()
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"command": "add", "section": "forward", "name": "a", "settings": {"port": "8080", "to": "mars"}}, "neither an address nor a"),
+    ({"command": "add", "section": "host", "name": "a", "settings": {"mac": "52:54:00:00:00:01", "ipv4": "10.0.0.1"}},
+     "no address for a guest"),
+    ({"command": "add", "section": "host", "name": "a b", "settings": {}}, "expected"),
+    ({"command": "delete", "section": "host", "name": "web"}, "has no \\[host web\\]"),
+    ({"command": "add", "section": "host", "name": "a", "settings": {"colour": "red"}}, "unknown key"),
+    ({"command": "add", "section": "forward", "name": "a", "settings": {"port": "7777", "to": "192.168.122.9"}}, "a program of this host")])
+def test_updates_that_cannot_be_change_nothing(host, change, words):
+    path = Path(host.network())
+    host.start()
+    host.net("post", "default", "start")
+    listener(host.namespace, 7777)
+    before = path.read_text(), host.traces()
+    with pytest.raises(errors.KvmappError, match=words):
+        host.net("post", "default", "update", **change)
+    assert (path.read_text(), host.traces()) == before
+
+
+def test_ranges_that_the_host_reaches_already_are_refused(host):
+    host.network()
+    host.start()
+    host.run("ip", "link", "add", "lan", "type", "bridge")
+    host.run("ip", "address", "add", "192.168.122.77/24", "dev", "lan")
+    host.run("ip", "link", "set", "lan", "up")
+    before = host.traces()
+    with pytest.raises(errors.HostError) as caught:
+        host.net("post", "default", "start")
+    assert "its range 192.168.122.0/24 clashes with the host's route 192.168.122.0/24 dev lan" in str(caught.value)
+    assert caught.value.hint.startswith("192.168.123.1/24 is free")
+    assert host.traces() == before and host.net("get", "default")["state"] == "inactive"
+
+
+def test_a_bridge_that_is_somebody_elses_is_left_alone(host):
+    host.network(text="name = default\nbridge = virbr0\n[ipv4]\naddress = 192.168.122.1/24\n")
+    host.network("free", "name = free\n[ipv4]\naddress = 10.77.0.1/24\n")
+    host.start()
+    host.run("ip", "link", "add", "virbr0", "type", "bridge")
+    before = host.traces()
+    with pytest.raises(errors.NameInUse, match="Cannot make bridge 'virbr0' of network 'default': there is a device of this name"):
+        host.net("post", "default", "start")
+    assert host.traces() == before
+    assert host.net("post", "free", "start")["network"]["bridge"] == "virbr1"
+
+
+@pytest.mark.parametrize("mode", ["isolated", "route"])
+def test_who_reaches_whom(host, mode):
+    host.network(text=f"name = default\nmode = {mode}\n[ipv4]\naddress = 192.168.122.1/24\ndhcp = 192.168.122.2 - 192.168.122.9\n")
+    host.start()
+    outside = host.outside()
+    outside.run("ip", "route", "add", "192.168.122.0/24", "via", "203.0.113.2")
+    host.net("post", "default", "start")
+    ann, bob = host.plug("virbr0", "g0"), host.plug("virbr0", "g1")
+    told, other = lease(host, ann), lease(host, bob)
+    assert answers(ann, other["lease"]) and answers(ann, "192.168.122.1")
+    assert told["router"] == ("none" if mode == "isolated" else "192.168.122.1")
+    ann.run("ip", "route", "replace", "default", "via", "192.168.122.1")
+    assert answers(ann, "203.0.113.1") == (mode == "route")
+    assert answers(outside, told["lease"]) == (mode == "route")
+
+
+def test_ipv6_by_advertisement(host):
+    host.network(text="name = default\n[ipv6]\naddress = fd00:122::1/64\n")
+    host.start()
+    outside = host.outside()
+    outside.run("ip", "address", "add", "fd00:9::1/64", "dev", "eth0", "nodad")
+    host.run("ip", "address", "add", "fd00:9::2/64", "dev", "eth0", "nodad")
+    host.net("post", "default", "start")
+    guest = host.plug("virbr0", "g0", "52:54:00:00:00:01")
+    host.eventually(lambda: " fd00:122::" in guest.run("ip", "-6", "address", "show", "dev", "eth0", "scope", "global", "-tentative"),
+                    "the guest's own address")
+    host.eventually(lambda: "default via" in guest.run("ip", "-6", "route"), "a way out")
+    assert answers(guest, "fd00:9::1", "-6")
+    host.net("post", "default", "destroy")
+    assert host.run("nft", "list", "ruleset") == ""
+
+
+def test_a_killed_daemons_network_is_found_again(host):
+    host.network()
+    host.start()
+    host.net("post", "default", "start")
+    before = host.traces()
+    host.kill()
+    host.start()
+    assert host.net("get", "default")["state"] == "active" and host.traces() == before
+    host.net("post", "default", "destroy")
+    assert host.dnsmasqs() == []
+
+
+def test_a_network_that_was_left_half_made_is_cleared_away(host):
+    host.network()
+    host.start()
+    before = host.traces()
+    host.net("post", "default", "start")
+    host.kill()
+    note = Path(host.paths.network_run, "default.json")
+    note.write_text(note.read_text().replace('"active"', '"starting"'))
+    host.start()
+    assert host.traces() == before and not note.exists()
+    assert host.net("get", "default")["state"] == "inactive"
+    assert host.net("post", "default", "start")["network"]["bridge"] == "virbr0"
+
+
+def test_what_others_take_away_is_put_back(host):
+    host.network()
+    host.start()
+    host.net("post", "default", "start")
+    whole = host.run("nft", "list", "ruleset")
+    guest = host.plug("virbr0", "g0")
+    host.run("nft", "flush", "ruleset")
+    host.eventually(lambda: host.run("nft", "list", "ruleset") == whole, "the rules")
+    os.kill(int(host.dnsmasqs()[0]), signal.SIGKILL)
+    host.eventually(host.dnsmasqs, "dnsmasq")
+    host.run("ip", "link", "delete", "virbr0")
+    host.eventually(lambda: host.net("get", "default")["dnsmasq"] and host.run("ip", "-br", "-4", "address", "show", "virbr0", check=False)
+                    .stdout.split()[2:3] == ["192.168.122.1/24"], "the bridge")
+    host.run("ip", "link", "set", "g0", "master", "virbr0")
+    host.eventually(lambda: lease(host, guest)["router"] == "192.168.122.1", "DHCP")
+
+
+def test_domains_join_an_active_network_and_are_known_by_name(host):
+    host.network()
+    host.start()
+    host.file("web").write_text(f"name = web\nmemory = 64\n{CARD.format(1)}")
+    with pytest.raises(errors.NetworkInactive) as caught:
+        host.post("web", "start")
+    assert str(caught.value) == "Requested operation is not valid: network 'default' is not active"
+    assert caught.value.hint == "kvmappctl net-start default"
+    host.net("post", "default", "start")
+    host.post("web", "start")
+    assert host.domain("web")["interfaces"][0]["target"] == "vnet0"
+    assert "master virbr0" in host.run("ip", "link", "show", "vnet0")
+    assert Path(host.paths.network_run, "default.hosts").read_text() == "52:54:00:00:00:01,web\n"
+    # the card itself is in a fake domain's hands: a namespace with its address asks in its place
+    guest = host.plug("virbr0", "g0", "52:54:00:00:00:01")
+    told = lease(host, guest, "-x", "hostname:something-else")
+    assert lookup(guest, "web") == [told["lease"]]
+    one = {"interface": "vnet0", "mac": "52:54:00:00:00:01", "protocol": "ipv4", "address": told["lease"]}
+    assert host.get("web", "addresses") == {"addresses": [{**one, "prefix": 24}]}
+    assert answers(host.namespace, told["lease"])
+    assert host.get("web", "addresses", source="arp") == {"addresses": [{**one, "prefix": 0}]}
+    warnings = host.net("post", "default", "destroy")["warnings"]
+    assert warnings == ["domain 'web' runs and has no network until this one is started again"]
+    host.net("post", "default", "start")
+    assert "master virbr0" in host.run("ip", "link", "show", "vnet0")
+    host.post("web", "destroy")
+    host.eventually(lambda: "vnet0" not in host.run("ip", "-br", "link"), "the tap's end")
+
+
+def test_with_the_host_networks_come_before_domains(host):
+    host.network()
+    host.network("bad", "name = bad\n[ipv4]\naddress = 127.0.0.1/33\n")
+    host.start()
+    host.net("post", "default", "autostart", enabled=True)
+    assert os.readlink(os.path.join(host.paths.network_autostart, "default.conf")) == "../default.conf"
+    host.file("web").write_text(f"name = web\nmemory = 64\n{CARD.format(1)}")
+    host.post("web", "autostart", enabled=True)
+    host.stop()
+    for note in (os.path.join(host.paths.network_run, "autostarted"), os.path.join(host.paths.run, "autostarted")):
+        os.unlink(note)                                                # as a reboot does
+    host.start()
+    host.eventually(lambda: host.states().get("web") == "running", "the domain")
+    assert host.net("get", "bad")["state"] == "broken"
+    host.net("post", "default", "autostart", enabled=False)
+    assert os.listdir(host.paths.network_autostart) == []
+
+
+def test_files_of_networks(host):
+    host.start()
+    text = "# mine\nname = lab\nmode = isolated\n[ipv4]\naddress = 10.7.0.1/24\n"
+    with host.client() as client:
+        made = client.post("/v1/networks", text=text)
+        assert made["created"] and made["made"] == ["uuid", "mac"]
+        path = Path(host.paths.networks, "lab.conf")
+        assert path.read_text().startswith("# mine\nname = lab\n")
+        config = client.get("/v1/networks/lab/config")
+        changed = config["text"].replace("10.7.0.1", "10.8.0.1")
+        client.put("/v1/networks/lab/config", text=changed, digest=config["digest"])
+        with pytest.raises(errors.KvmappError, match="was changed meanwhile"):
+            client.put("/v1/networks/lab/config", text=changed, digest=config["digest"])
+        with pytest.raises(errors.ConfigError, match=r"lab\.conf:"):
+            client.put("/v1/networks/lab/config", text="name = lab\nmode = nut\n")
+        with pytest.raises(errors.NameInUse, match="network 'lab' is already defined with uuid"):
+            client.post("/v1/networks", text=changed.replace("name = lab", "name = copy"))
+        with pytest.raises(errors.NetworkNotFound) as caught:
+            client.get("/v1/networks/lob")
+        assert caught.value.hint == "did you mean lab?"
+        assert client.get(f"/v1/networks/{made['network']['uuid']}")["ipv4"] == "10.8.0.1/24"
+        assert client.delete("/v1/networks/lab")["still_active"] is False
+        assert client.get("/v1/networks") == {"networks": []} and not path.exists()
+
+
+def test_without_dnsmasq_or_nft_it_says_what_to_install(host, monkeypatch):
+    from kvmapp.daemon import hostnet
+    monkeypatch.setattr(hostnet, "SEARCH", "/nowhere")
+    with pytest.raises(errors.HostError, match="the program 'dnsmasq' is not installed") as caught:
+        hostnet.run(["dnsmasq"], "start DHCP")
+    assert "dnsmasq" in caught.value.hint
+
+
+def test_the_port_of_another_dns_server(host):
+    host.network()
+    host.start()
+    code = ("import socket, time; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.bind(('', 53)); print('up', flush=True)\n"
+            "time.sleep(99)")
+    assert host.namespace.popen(sys.executable, "-c", code).stdout.readline() == "up\n"
+    before = host.traces()
+    with pytest.raises(errors.HostError) as caught:
+        host.net("post", "default", "start")
+    assert "start DHCP and DNS of network 'default'" in str(caught.value) and "ss -lnup" in caught.value.hint
+    assert host.traces() == before
+
+
+def test_many_networks_at_once(host):
+    for number in range(20):
+        host.network(f"n{number}", f"name = n{number}\nmode = isolated\n[ipv4]\naddress = 10.{number}.0.1/24\n[dns]\nenabled = no\n")
+    host.start()
+    before = host.traces()
+    for number in range(20):
+        host.net("post", f"n{number}", "start")
+    assert len({network["bridge"] for network in host.net("get")["networks"]}) == 20
+    for number in range(20):
+        host.net("post", f"n{number}", "destroy")
+    assert host.traces() == before

@@ -1,0 +1,72 @@
+"""The house has floors: who may import whom (ARCHITECTURE.md), read from the imports of every .py, .pyx and .pxd."""
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Each room and the rooms it may look into; a room may always look into itself.
+FLOORS = {
+    "abi": set(),
+    "memory": {"abi"},
+    "devices": {"abi", "memory"},
+    "vmstate": {"abi"},
+    "irqchip": {"abi", "devices"},
+    "coalesced": {"abi", "devices"},
+    "core": {"abi", "memory", "devices", "vmstate", "irqchip", "coalesced"},
+    "iothread": {"abi"},
+    "chardev": {"abi"},
+    "block": {"abi", "memory", "devices", "iothread"},
+    "net": {"abi", "memory", "devices", "iothread"},
+    "hw": {"abi", "memory", "devices", "iothread", "chardev"},
+    "virtio": {"abi", "memory", "devices", "iothread", "chardev", "hw", "block", "net"},
+    "boot": {"abi", "memory"},
+    "snapshot": {"abi", "memory", "devices", "core"},
+    "machine": {"abi", "memory", "devices", "core", "iothread", "chardev", "hw", "virtio", "block", "net", "boot", "snapshot"},
+    "loop": set(),
+    "control": {"loop"},
+    "console": {"loop", "chardev"},
+    "terminal": set(),
+    "vmprocess": {"devices", "control", "console", "loop", "machine", "snapshot"},
+    "foreground": {"console", "loop", "terminal", "machine", "vmprocess"},
+    "zygote": {"vmprocess"},
+    "daemon": set(),
+    "manual": {"daemon"},
+    "cli": {"terminal"},
+}
+# Rooms that everybody may use; they look into no other.
+SHARED = {"errors", "state", "schema", "layout", "config", "client", "check", "values", "settings", "ini", "initree",
+          "options", "samples", "hostinfo", "install", "hostconfig", "probe", "__init__", "__main__"}
+IMPORT = re.compile(r"^\s*(?:from\s+(kvmapp(?:\.\w+)*)\s+c?import\s+([\w, ()]+)|c?import\s+(kvmapp(?:\.\w+)+))", re.MULTILINE)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT / "kvmapp").parts[0].split(".")[0]
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for package, names, module in IMPORT.findall(path.read_text()):
+        dotted = (package or module).split(".")[1:]
+        rooms |= {dotted[0]} if dotted else {name.strip(" ()") for name in names.split(",")}
+    return {name for name in rooms if name in FLOORS}
+
+
+SOURCES = [path for path in sorted((ROOT / "kvmapp").rglob("*")) if path.suffix in {".py", ".pyx", ".pxd"}]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down_only(path):
+    here = room(path)
+    if here not in FLOORS:
+        assert here in SHARED, f"{here} is a new room: give it a floor in this test and in ARCHITECTURE.md"
+        return
+    forbidden = imported_rooms(path) - FLOORS[here] - {here}
+    assert not forbidden, f"{path.name} ({here}) must not import {sorted(forbidden)}"
+
+
+def test_shared_rooms_import_no_vmm():
+    for name in SHARED - {"__main__"}:
+        for path in ROOT.glob(f"kvmapp/{name}.py"):
+            assert not imported_rooms(path), f"{path.name} is shared by all and must import no room"

@@ -1,0 +1,162 @@
+"""The init scripts under the shells that hosts have: their words, exit statuses and effects.
+
+`kvmapp` runs the real daemon in a folder; `kvmapp-guests` speaks to a kvmappctl of the test's own, which notes what it is asked.
+"""
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+SHELLS = [shell for shell in (["dash"], ["bash"], ["busybox", "sh"]) if shutil.which(shell[0])]
+CENTOS = 'success() { printf "[  OK  ]\\r"; }\nfailure() { printf "[FAILED]\\r"; }\n'
+each_shell = pytest.mark.parametrize("shell", SHELLS, ids=lambda shell: shell[0])
+
+
+def run(shell, script, *words, **environment):
+    done = subprocess.run([*shell, str(ROOT / "init" / script), *words], capture_output=True, text=True, timeout=60, check=False,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+    return done.returncode, done.stdout, done.stderr
+
+
+@each_shell
+def test_daemon_start_to_stop(host, shell):
+    words = {"KVMAPP": f"{sys.executable} -m kvmapp", "KVMAPP_OPTIONS": f"--root {host.root}", "KVMAPP_FUNCTIONS": "/nonexistent"}
+    assert run(shell, "kvmapp", "status", **words) == (3, "kvmapp is stopped\n", "")
+    assert run(shell, "kvmapp", "condrestart", **words) == (0, "", "")
+    assert run(shell, "kvmapp", "start", **words) == (0, "Starting kvmapp daemon: OK\n", "")
+    pid = int(Path(host.paths.pid_file).read_text())
+    assert run(shell, "kvmapp", "start", **words) == (0, "Starting kvmapp daemon: OK\n", "")
+    assert run(shell, "kvmapp", "status", **words) == (0, f"kvmapp (pid {pid}) is running...\n", "")
+    assert run(shell, "kvmapp", "reload", **words) == (0, "Reloading kvmapp daemon: OK\n", "")
+    assert run(shell, "kvmapp", "restart", **words) == (0, "Stopping kvmapp daemon: OK\nStarting kvmapp daemon: OK\n", "")
+    assert int(Path(host.paths.pid_file).read_text()) != pid
+    os.kill(int(Path(host.paths.pid_file).read_text()), 9)
+    host.eventually(lambda: run(shell, "kvmapp", "status", **words)[:2] == (1, "kvmapp dead but pid file exists\n"))
+    assert run(shell, "kvmapp", "start", **words)[0] == 0
+    assert run(shell, "kvmapp", "stop", **words) == (0, "Stopping kvmapp daemon: OK\n", "")
+    assert run(shell, "kvmapp", "stop", **words) == (0, "Stopping kvmapp daemon: OK\n", "")
+    status, said, complaint = run(shell, "kvmapp", "reload", **words)
+    assert (status, said) == (1, "Reloading kvmapp daemon: FAILED\n") and "The kvmapp daemon does not run" in complaint
+
+
+@each_shell
+def test_as_centos_shows_it(shell, tmp_path):
+    functions = tmp_path / "functions"
+    functions.write_text(CENTOS)
+    words = {"KVMAPP": "true", "KVMAPP_FUNCTIONS": str(functions)}
+    assert run(shell, "kvmapp", "start", **words)[1] == "Starting kvmapp daemon: [  OK  ]\n"
+
+
+@each_shell
+def test_failure_is_told_with_its_reason(host, shell):
+    host.write("kvmapp.conf", "log_level = loud\n")
+    words = {"KVMAPP": f"{sys.executable} -m kvmapp", "KVMAPP_OPTIONS": f"--root {host.root}", "KVMAPP_FUNCTIONS": "/nonexistent"}
+    status, said, complaint = run(shell, "kvmapp", "start", **words)
+    assert (status, said) == (1, "Starting kvmapp daemon: FAILED\n") and "kvmapp.conf:1: log_level = 'loud'" in complaint
+
+
+@each_shell
+@pytest.mark.parametrize("script", ["kvmapp", "kvmapp-guests"])
+def test_usage(shell, script):
+    status, said, complaint = run(shell, script, "dance")
+    assert (status, said) == (2, "") and complaint.startswith("Usage: ") and "start|stop" in complaint
+
+
+def test_headers_are_what_chkconfig_and_update_rc_read():
+    for script, order in (("kvmapp", "97 03"), ("kvmapp-guests", "98 02")):
+        text = (ROOT / "init" / script).read_text()
+        assert f"# chkconfig: 345 {order}\n# description: " in text and os.access(ROOT / "init" / script, os.X_OK)
+        block = text.split("### BEGIN INIT INFO\n")[1].split("### END INIT INFO\n")[0]
+        assert f"# Provides:          {script}\n" in block
+        for key in ("Required-Start", "Required-Stop", "Default-Start", "Default-Stop", "Short-Description"):
+            assert f"# {key}:" in block
+
+
+CTL = """#!/bin/sh
+printf '%s\\n' "$*" >>"$CTL_LOG"
+case $1 in
+    list) case "$*" in *persistent*) printf 'web\\nold server\\n\\n' ;; *) printf 'web\\nold server\\nscratch\\n\\n' ;; esac ;;
+    domstate) if [ "$2" = web ]; then echo running; else echo 'shut off'; fi ;;
+    shutdown) if [ "$2" = scratch ]; then
+                  echo "error: Failed to shutdown domain 'scratch'" >&2
+                  echo "error: Domain 'scratch' still runs 7 s after its power button was pressed" >&2
+                  echo "hint: destroy it" >&2
+                  exit 1
+              fi ;;
+    managedsave) [ "$2" = web ] || { echo "error: unknown command: 'managedsave'" >&2; exit 1; } ;;
+esac
+"""
+
+
+@pytest.fixture
+def guests(tmp_path):
+    ctl = tmp_path / "ctl"
+    ctl.write_text(CTL)
+    ctl.chmod(0o755)
+    settings = tmp_path / "settings"
+    settings.write_text("SHUTDOWN_TIMEOUT=7\n")
+    return {"KVMAPPCTL": str(ctl), "CTL_LOG": str(tmp_path / "log"), "KVMAPP_GUESTS_LIST": str(tmp_path / "state" / "ran"),
+            "KVMAPP_GUESTS_SETTINGS": str(settings)}
+
+
+@each_shell
+def test_guests_shut_down_side_by_side_and_start_again(guests, shell, tmp_path):
+    status, said, complaint = run(shell, "kvmapp-guests", "stop", **guests)
+    head, *lines = said.splitlines()
+    assert (status, complaint, head) == (0, "", "Shutting down kvmapp's domains (each has 7 s):")
+    assert sorted(lines) == ["  old server: shut down",
+                             "  scratch: error: Domain 'scratch' still runs 7 s after its power button was pressed",
+                             "  web: shut down"]
+    assert (tmp_path / "state" / "ran").read_text() == "web\nold server\n"
+    assert "shutdown old server --timeout 7\n" in (tmp_path / "log").read_text()
+    status, said, complaint = run(shell, "kvmapp-guests", "start", **guests)
+    assert (status, complaint) == (0, "")
+    assert said == "Starting kvmapp's domains that ran before:\n  web: runs already\n  old server: started\n"
+    assert not (tmp_path / "state" / "ran").exists()
+    assert run(shell, "kvmapp-guests", "start", **guests) == (0, "", "")
+
+
+@each_shell
+def test_guests_that_are_to_be_saved(guests, shell):
+    Path(guests["KVMAPP_GUESTS_SETTINGS"]).write_text("ON_SHUTDOWN=suspend\nSHUTDOWN_TIMEOUT=7\n")
+    said = run(shell, "kvmapp-guests", "stop", **guests)[1].splitlines()
+    assert "  web: saved" in said and "  old server: shut down" in said
+    assert "  old server: cannot be saved (error: unknown command: 'managedsave'); shutting it down" in said
+
+
+@each_shell
+def test_guests_are_left_alone_when_asked(guests, shell, tmp_path):
+    Path(guests["KVMAPP_GUESTS_SETTINGS"]).write_text("ON_BOOT=ignore\n")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "ran").write_text("web\n")
+    assert run(shell, "kvmapp-guests", "start", **guests) == (0, "", "")
+    assert not (tmp_path / "state" / "ran").exists() and not (tmp_path / "log").exists()
+    assert run(shell, "kvmapp-guests", "restart", **guests) == (0, "", "")
+
+
+@each_shell
+def test_guests_that_outlived_the_daemon_are_shut_down_too(guests, shell, tmp_path):
+    """kvmappctl answers only once the daemon was started; it is, since a domain's socket is there."""
+    daemon, ctl = tmp_path / "daemon", Path(guests["KVMAPPCTL"])
+    daemon.write_text(f"#!/bin/sh\necho Starting the daemon: $1\ntouch {tmp_path}/up\n")
+    daemon.chmod(0o755)
+    ctl.write_text(CTL.replace("printf", f"[ -e {tmp_path}/up ] || exit 1\nprintf", 1))
+    guests |= {"KVMAPP_GUESTS_DAEMON": str(daemon), "KVMAPP_GUESTS_DOMAINS": str(tmp_path / "domains")}
+    assert run(shell, "kvmapp-guests", "stop", **guests) == (0, "", "")             # no domain: nothing to start it for
+    (tmp_path / "domains" / "web").mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as control:
+        control.bind(str(tmp_path / "domains" / "web" / "control.sock"))
+    status, said, complaint = run(shell, "kvmapp-guests", "stop", **guests)
+    assert (status, complaint) == (0, "") and said.startswith("Starting the daemon: start\nShutting down kvmapp's domains")
+    assert "  web: shut down\n" in said
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+@pytest.mark.parametrize("script", ["kvmapp", "kvmapp-guests"])
+def test_shellcheck(script):
+    subprocess.run(["shellcheck", "--shell=dash", str(ROOT / "init" / script)], check=True)

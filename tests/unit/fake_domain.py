@@ -1,0 +1,202 @@
+"""A domain process without a guest, for tests of the daemon: control.py's protocol, and a counter that never stops.
+
+The zygote runs it in vmprocess's place (`--domain-module tests.unit.fake_domain`). The domain's description says how it behaves,
+in words: `ignore-acpi`, `mute` (does not answer), `fail` (cannot start), `raise` (a defect), `slow-start`, `full-backlog`.
+Each running domain appends to a file of its own, RUN_DIR/counter, so that a test sees whether it ever stood still.
+"""
+import contextlib
+import json
+import os
+import selectors
+import socket
+import time
+
+BEAT = 0.02
+
+
+class FakeDomain:
+    def __init__(self, config, control, run_dir, paused):
+        self.config, self.control, self.run_dir = config, control, run_dir
+        self.behaviour = set((config.description or "").split())
+        self.state, self.reason = ("paused", "user") if paused else ("running", "booted")
+        self.started = time.time()
+        self.balloon = config.memory
+        self.selector = selectors.DefaultSelector()
+        self.clients = {}
+        self.subscribers = set()
+        self.ending = None
+        self.beats = 0
+        self.presses = 0
+        self.clock = 0.0
+        control.setblocking(False)
+        self.selector.register(control, selectors.EVENT_READ)
+        self.counter = os.open(os.path.join(run_dir, "counter"), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def run(self):
+        while self.ending is None:
+            for key, _ in self.selector.select(BEAT):
+                if key.fileobj is self.control:
+                    self.accept()
+                else:
+                    self.receive(key.fileobj)
+            if self.state == "running":
+                self.beats += 1
+                os.write(self.counter, f"{time.monotonic():.3f} {os.getpid()}\n".encode())
+        return self.ending
+
+    def accept(self):
+        client, _ = self.control.accept()
+        client.setblocking(False)
+        self.clients[client] = b""
+        self.selector.register(client, selectors.EVENT_READ)
+
+    def receive(self, client):
+        try:
+            data = client.recv(65536)
+        except OSError:
+            data = b""
+        if not data:
+            self.selector.unregister(client)
+            self.subscribers.discard(client)
+            del self.clients[client]
+            client.close()
+            return
+        *lines, self.clients[client] = (self.clients[client] + data).split(b"\n")
+        for line in lines:
+            self.answer(client, json.loads(line))
+
+    def answer(self, client, request):
+        verb = getattr(self, f"verb_{request['verb']}", None)
+        try:
+            reply = {"ok": verb(client, request)} if verb else {"error": error("bad-request", f"unknown verb {request['verb']}")}
+        except Refusal as refusal:
+            reply = {"error": refusal.args[0]}
+        self.send(client, {"id": request["id"], **reply})
+
+    def send(self, client, message):
+        try:
+            client.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            pass
+
+    def change(self, state, reason):
+        self.state, self.reason = state, reason
+        for client in list(self.subscribers):
+            self.send(client, {"event": {"type": "lifecycle", "name": self.config.name, "state": state, "reason": reason,
+                                         "time": time.time()}})
+
+    def end(self, reason, text, exit=0):
+        self.ending = {"state": "shut off", "reason": reason, "text": text, "hint": None, "exit": exit,
+                       "time": time.time() + self.clock}
+
+    def verb_status(self, _client, _request):
+        return {"name": self.config.name, "uuid": self.config.uuid, "pid": os.getpid(), "state": self.state, "reason": self.reason,
+                "started": self.started, "vcpus": self.config.vcpus, "memory": self.config.memory, "balloon": self.balloon}
+
+    def verb_stats(self, _client, _request):
+        exits = {"io": self.beats, "hlt": 3, "power": self.presses}
+        disks = {disk.name: {"read": {"requests": 1, "bytes": 512}} for disk in self.config.disks}
+        cards = {f"net{one.index}": {"rx_bytes": 10, "tx_bytes": 20} for one in self.config.interfaces}
+        return {"time": time.time(), "state": self.state, "balloon": self.balloon, "devices": {**disks, **cards},
+                "vcpus": [{"index": 0, "exits": exits, "time": 5}]}
+
+    def verb_subscribe(self, client, _request):
+        self.subscribers.add(client)
+        return {}
+
+    def verb_shutdown(self, _client, _request):
+        if not self.config.acpi:
+            raise Refusal(error("wrong-state", "no ACPI", "acpi = yes"))
+        self.presses += 1
+        if "ignore-acpi" not in self.behaviour:
+            self.end("shutdown", "the guest powered off")
+        return {}
+
+    def verb_destroy(self, _client, _request):
+        self.end("destroyed", "destroyed", 5)
+        return {}
+
+    def verb_suspend(self, _client, _request):
+        self.change("paused", "user")
+        return {}
+
+    def verb_resume(self, _client, _request):
+        self.change("running", "unpaused")
+        return {}
+
+    def verb_reset(self, _client, _request):
+        self.change("running", "booted")
+        return {}
+
+    verb_reboot = verb_reset
+
+    def verb_setmem(self, _client, request):
+        self.balloon = request["bytes"]
+        return {"balloon": self.balloon}
+
+    # What only tests say, on a connection of their own.
+
+    def verb_test_crash(self, _client, _request):
+        self.end("crashed", "the guest crashed", 4)
+        return {}
+
+    def verb_test_clock(self, _client, request):
+        self.clock = request["jump"]
+        return {}
+
+    def verb_test_mute(self, _client, request):
+        time.sleep(request["seconds"])
+        return {}
+
+    def verb_test_abort(self, _client, _request):
+        os.abort()
+
+    def verb_test_garbage(self, _client, request):
+        for subscriber in self.subscribers:
+            subscriber.sendall(request["text"].encode())
+        return {}
+
+    def verb_test_identity(self, _client, _request):
+        with open("/proc/self/status") as status:
+            fields = dict(line.rstrip("\n").split(":\t", 1) for line in status)
+        return {"uid": os.getuid(), "gid": os.getgid(), "groups": os.getgroups(), "sid": os.getsid(0), "ppid": os.getppid(),
+                "capabilities": fields["CapEff"], "bounding": fields["CapBnd"], "no_new_privs": fields["NoNewPrivs"],
+                "fds": sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+                              if os.path.lexists(f"/proc/self/fd/{fd}"))}
+
+
+def preload():
+    """It imports nothing later."""
+
+
+class Refusal(Exception):
+    pass
+
+
+def error(code, message, hint=None):
+    return {"code": code, "message": message, "hint": hint}
+
+
+def run_domain(config, *, control: socket.socket, log_fd: int, files: dict, run_dir: str, drop=None, paused=False):
+    behaviour = set((config.description or "").split())
+    with contextlib.suppress(OSError):                  # a full disk
+        os.write(log_fd, f"fake domain, files {sorted(files)}\n".encode())
+    if "raise" in behaviour:
+        raise RuntimeError("a defect, made for the test")
+    if "slow-start" in behaviour:
+        time.sleep(1.0)
+    if drop:
+        drop()
+    if "fail" in behaviour:
+        ending = {"state": "shut off", "reason": "failed", "text": "Cannot open kernel: it is made of cheese",
+                  "hint": "take another", "exit": 1, "time": time.time()}
+    else:
+        domain = FakeDomain(config, control, run_dir, paused)
+        while "mute" in behaviour:
+            time.sleep(3600)
+        ending = domain.run()
+    path = os.path.join(run_dir, f"{config.name}.end")
+    with open(f"{path}.new", "w") as file:
+        json.dump(ending, file)
+    os.rename(f"{path}.new", path)
+    return ending["exit"]

@@ -1,0 +1,162 @@
+"""`kvmapp setup` into a folder: what it lays down, that it keeps what was changed, and that it can be cut anywhere."""
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kvmapp import install
+from kvmapp.errors import HostError
+from kvmapp.install import Setup
+
+
+def setup(root, *, enable=False):
+    said: list[str] = []
+    Setup(str(root), said.append).install(enable)
+    return said
+
+
+def snapshot(root):
+    """Every file below: mode and content."""
+    return {str(path.relative_to(root)): (stat.S_IMODE(path.stat().st_mode), path.read_bytes() if path.is_file() else None)
+            for path in sorted(root.rglob("*"))}
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A plain host's image: folders of a CentOS and a Debian."""
+    for folder in ("etc/logrotate.d", "usr/lib/systemd/system", "usr/share/bash-completion/completions"):
+        (tmp_path / "root" / folder).mkdir(parents=True)
+    (tmp_path / "root/etc/passwd").write_text("root:x:0:0:root:/root:/bin/sh\n")
+    (tmp_path / "root/etc/group").write_text("root:x:0:\nvideo:x:999:ann")
+    return tmp_path / "root"
+
+
+def test_everything_is_laid_down(root):
+    setup(root)
+    for name in ("etc/kvmapp/kvmapp.conf", "etc/kvmapp/guest.conf", "etc/kvmapp/networks/default.conf", "etc/logrotate.d/kvmapp",
+                 "usr/lib/systemd/system/kvmapp.service", "usr/lib/systemd/system/kvmapp-guests.service", "usr/share/man/man1/kvmappctl.1",
+                 "usr/share/man/man5/kvmapp.conf.5", "usr/share/bash-completion/completions/kvmappctl"):
+        assert (root / name).stat().st_size > 0
+    for name in ("etc/init.d/kvmapp", "etc/init.d/kvmapp-guests", "usr/sbin/kvmapp", "usr/sbin/kvmappctl"):
+        assert stat.S_IMODE((root / name).stat().st_mode) == 0o755
+    assert stat.S_IMODE((root / "etc/kvmapp/domains").stat().st_mode) == 0o700
+    assert stat.S_IMODE((root / "etc/kvmapp/networks/default.conf").stat().st_mode) == 0o600
+    assert (root / "var/log/kvmapp").is_dir() and (root / "etc/kvmapp/domains/autostart").is_dir()
+
+
+def test_the_launchers_start_the_program(root):
+    setup(root)
+    said = subprocess.run([root / "usr/sbin/kvmapp", "--version"], capture_output=True, text=True, cwd="/", check=True).stdout
+    assert said.startswith("kvmapp 0.")
+    assert subprocess.run([root / "usr/sbin/kvmappctl", "--help"], capture_output=True, cwd="/", check=True).stdout
+
+
+def test_user_and_groups_are_made_once(root):
+    setup(root)
+    groups = (root / "etc/group").read_text()
+    assert groups == "root:x:0:\nvideo:x:999:ann\nkvmapp:x:998:\nkvmapp-guest:x:997:\n"
+    shell = install.nologin()
+    assert (root / "etc/passwd").read_text().splitlines()[1:] == [f"kvmapp:x:999:997::/var/lib/kvmapp:{shell}"]
+    setup(root)
+    assert (root / "etc/group").read_text() == groups
+
+
+def test_a_second_setup_changes_nothing(root):
+    setup(root)
+    before = snapshot(root)
+    assert setup(root) == []
+    assert snapshot(root) == before
+
+
+def test_changed_files_are_kept_and_the_new_one_lies_beside(root):
+    setup(root)
+    (root / "etc/kvmapp/kvmapp.conf").write_text("log_level = debug\n")
+    said = setup(root)
+    assert (root / "etc/kvmapp/kvmapp.conf").read_text() == "log_level = debug\n"
+    assert (root / "etc/kvmapp/kvmapp.conf.new").exists()
+    assert said == [f"kept {root}/etc/kvmapp/kvmapp.conf, which was changed; the new one is {root}/etc/kvmapp/kvmapp.conf.new"]
+
+
+def test_files_of_an_older_version_are_renewed(root):
+    setup(root)
+    one = Setup(str(root), lambda line: None)
+    one.read_manifest()
+    script = root / "etc/init.d/kvmapp"
+    script.write_text("#!/bin/sh\n# of an older version\n")
+    one.note("etc/init.d/kvmapp", install.checksum_of(str(script)))
+    assert setup(root) == [f"renewed {script}"]
+    assert "chkconfig" in script.read_text()
+
+
+def test_remove_takes_exactly_that_away(root, tmp_path):
+    before = snapshot(root)
+    setup(root)
+    Setup(str(root), lambda line: None).remove()
+    after = snapshot(root)
+    kept = {name: entry for name, entry in after.items() if entry[1] is not None}
+    assert {name for name, entry in kept.items() if before.get(name) != entry} == {"etc/group", "etc/passwd"}
+    with pytest.raises(HostError, match="nothing to remove"):
+        Setup(str(root), lambda line: None).remove()
+
+
+def test_remove_leaves_domains_disks_and_what_was_changed(root):
+    setup(root)
+    (root / "etc/kvmapp/domains/web.conf").write_text("name = web\nmemory = 64\n")
+    (root / "var/lib/kvmapp/images/web.img").write_bytes(b"\0")
+    (root / "etc/kvmapp/guest.conf").write_text("shutdown_timeout = 90\n")
+    said: list[str] = []
+    Setup(str(root), said.append).remove()
+    assert (root / "etc/kvmapp/domains/web.conf").exists() and (root / "var/lib/kvmapp/images/web.img").exists()
+    assert f"left {root}/etc/kvmapp/guest.conf: it was changed" in said and not (root / "etc/kvmapp/kvmapp.conf").exists()
+
+
+def test_cut_at_any_step_the_next_setup_finishes_it(root, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    subprocess.run(["cp", "-a", root, whole], check=True)
+    setup(whole)
+
+    class Cut(BaseException):
+        pass
+    rename = os.rename
+    for step in range(100):
+        left = step
+
+        def cut(*arguments):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Cut
+            rename(*arguments)
+        monkeypatch.setattr(os, "rename", cut)
+        try:
+            setup(root)
+        except Cut:
+            continue
+        break
+    monkeypatch.undo()
+    setup(root)
+    assert step > 5                                  # each run got one step further than the last
+    mine, other = snapshot(root), snapshot(whole)
+    assert mine == other
+    assert not [name for name in mine if name.endswith((".tmp", ".new"))]
+
+
+def test_as_somebody_else_it_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(install.UsageError, match="needs root"):
+        install.main([])
+
+
+def test_full_or_read_only_place_is_told(root, monkeypatch):
+    def refuse(self, path, content, mode):
+        raise OSError(28, "No space left on device", path)
+    monkeypatch.setattr(Setup, "write", refuse)
+    with pytest.raises(HostError, match="No space left on device"):
+        install.main(["--root", str(root)])
+
+
+def test_every_source_is_shipped():
+    names = {name for name, _, _ in Setup(str(Path("/nonexistent")), print).files()}
+    assert {"etc/init.d/kvmapp", "etc/kvmapp/kvmapp.conf", "usr/share/man/man1/kvmappctl.1"} <= names

@@ -1,0 +1,181 @@
+"""What networks tell nft, iptables and dnsmasq, and what they read of leases: texts, without a host that changes."""
+import shutil
+import subprocess
+
+import pytest
+
+from kvmapp.daemon import dnsmasq, hostnet, netrules
+from kvmapp.hostconfig import NetworkConfig
+
+NAT = {"name": "default", "uuid": "d340f42e-8611-52c5-949c-8013181e73d4", "mode": "nat", "bridge": "virbr0", "mac": "52:54:00:00:00:01",
+       "ipv4": {"address": "192.168.122.1/24", "dhcp": "192.168.122.2 - 192.168.122.254"}}
+
+
+def network(**changes):
+    return NetworkConfig.from_dict({**NAT, **changes})
+
+
+def lines(text):
+    return [line.strip() for line in text.splitlines()]
+
+
+def forward_chain(*networks, version=4):
+    return [netrules.nft_rule(conditions, verdict, version) for chain, conditions, verdict in netrules.rules(list(networks), version)
+            if chain == "forward"]
+
+
+def test_nat_lets_out_what_is_ours_and_in_what_was_asked_for():
+    assert forward_chain(network()) == [
+        'iifname "virbr0" oifname "virbr0" accept', 'iifname "virbr0" ip saddr != 192.168.122.0/24 reject',
+        'oifname "virbr0" ct state established,related accept', 'oifname "virbr0" ct status dnat accept', 'oifname "virbr0" reject',
+        'iifname "virbr0" accept']
+
+
+def test_modes():
+    isolated = network(mode="isolated")
+    assert forward_chain(isolated) == ['iifname "virbr0" oifname "virbr0" accept', 'iifname "virbr0" reject', 'oifname "virbr0" reject']
+    route = forward_chain(network(mode="route", device="eth0"))
+    assert 'iifname "virbr0" oifname != "eth0" reject' in route and 'oifname "virbr0" iifname != "eth0" reject' in route
+    assert 'oifname "virbr0" ip daddr 192.168.122.0/24 accept' in route
+    assert not any(chain == "postrouting" for chain, _, _ in netrules.rules([network(mode="route")], 4))
+    assert forward_chain(network(mode="open")) == []
+
+
+def test_one_network_cannot_be_reached_from_another():
+    """What leaves the first is accepted only after the second had its say."""
+    other = network(name="lab", bridge="virbr1", uuid="d340f42e-8611-52c5-949c-8013181e73d5", mac="52:54:00:00:00:02",
+                    ipv4={"address": "10.9.0.1/24"})
+    chain = forward_chain(network(), other)
+    assert chain.index('oifname "virbr1" reject') < chain.index('iifname "virbr0" accept')
+    assert chain.index('oifname "virbr0" reject') < chain.index('iifname "virbr1" accept')
+
+
+def test_forwards_go_to_hosts_and_addresses_of_their_version():
+    one = network(ipv6={"address": "fd00:122::1/64"}, hosts=[{"name": "web", "mac": "52:54:00:00:00:09", "ipv4": "192.168.122.10",
+                                                               "ipv6": "fd00:122::10"}],
+                  forwards=[{"name": "http", "port": 8080, "to": "web", "to_port": 80},
+                            {"name": "dns", "protocol": "udp", "port": 5353, "to": "192.168.122.11", "listen": "192.0.2.1"}])
+    four, six = netrules.nft_text([one], 4), netrules.nft_text([one], 6)
+    assert "fib daddr type local tcp dport 8080 dnat to 192.168.122.10:80" in lines(four)
+    assert "fib daddr type local ip daddr != 127.0.0.0/8 tcp dport 8080 dnat to 192.168.122.10:80" in lines(four)
+    assert "ip daddr 192.0.2.1 udp dport 5353 dnat to 192.168.122.11:5353" in lines(four)
+    assert "fib daddr type local tcp dport 8080 dnat to [fd00:122::10]:80" in lines(six)
+    assert "5353" not in six
+    assert 'oifname "virbr0" ip saddr 192.168.122.0/24 ct status dnat masquerade' in lines(four)
+
+
+def test_without_networks_nothing_is_left():
+    assert netrules.nft_text([], 4) == "table ip kvmapp\ndelete table ip kvmapp\n"
+    assert netrules.nft_text([network()], 6) == "table ip6 kvmapp\ndelete table ip6 kvmapp\n"
+
+
+def test_iptables_says_the_same():
+    one = network(forwards=[{"name": "ssh", "port": 2222, "to": "192.168.122.10", "to_port": 22}])
+    text = netrules.iptables_text(netrules.rules([one], 4))
+    assert lines(text) == [
+        "*filter", ":KVMAPP-FORWARD - [0:0]", ":KVMAPP-INPUT - [0:0]",
+        "-A KVMAPP-FORWARD -i virbr0 -o virbr0 -j ACCEPT", "-A KVMAPP-FORWARD -i virbr0 ! -s 192.168.122.0/24 -j REJECT",
+        "-A KVMAPP-FORWARD -o virbr0 -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT",
+        "-A KVMAPP-FORWARD -o virbr0 -m conntrack --ctstate DNAT -j ACCEPT", "-A KVMAPP-FORWARD -o virbr0 -j REJECT",
+        "-A KVMAPP-FORWARD -i virbr0 -j ACCEPT",
+        *(f"-A KVMAPP-INPUT -i virbr0 -p {protocol} --dport {port} -j ACCEPT" for protocol, port in netrules.SERVICES), "COMMIT",
+        "*nat", ":KVMAPP-PREROUTING - [0:0]", ":KVMAPP-OUTPUT - [0:0]", ":KVMAPP-POSTROUTING - [0:0]",
+        "-A KVMAPP-PREROUTING -m addrtype --dst-type LOCAL -p tcp --dport 2222 -j DNAT --to-destination 192.168.122.10:22",
+        "-A KVMAPP-OUTPUT -m addrtype --dst-type LOCAL ! -d 127.0.0.0/8 -p tcp --dport 2222 -j DNAT --to-destination 192.168.122.10:22",
+        "-A KVMAPP-POSTROUTING -o virbr0 -s 192.168.122.0/24 -m conntrack --ctstate DNAT -j MASQUERADE",
+        "-A KVMAPP-POSTROUTING -s 192.168.122.0/24 -d 224.0.0.0/24 -j RETURN",
+        "-A KVMAPP-POSTROUTING -s 192.168.122.0/24 -d 255.255.255.255 -j RETURN",
+        "-A KVMAPP-POSTROUTING -s 192.168.122.0/24 ! -d 192.168.122.0/24 -j MASQUERADE", "COMMIT"]
+
+
+# dnsmasq.
+
+FILES = dnsmasq.Files("/run/n", "/var/n", "default")
+
+
+def test_dnsmasq_is_told_of_the_range_and_of_nothing_else():
+    text = lines(dnsmasq.config_text(network(), FILES))
+    assert "dhcp-range=192.168.122.2,192.168.122.254,255.255.255.0,3600" in text and "dhcp-lease-max=253" in text
+    assert "interface=virbr0" in text and "except-interface=lo" in text and "local=//" in text and "domain-needed" in text
+    assert not any(line.startswith(("domain=", "server=", "no-resolv", "enable-ra", "dhcp-option")) for line in text)
+
+
+def test_isolated_guests_learn_of_no_router_and_of_no_outside():
+    text = lines(dnsmasq.config_text(network(mode="isolated", ipv6={"address": "fd00:122::1/64"}), FILES))
+    assert {"dhcp-option=option:router", "no-resolv", "ra-param=virbr0,0,0"} <= set(text)
+
+
+def test_names_and_servers():
+    text = lines(dnsmasq.config_text(network(domain="guests.example", dns={"forwarders": ["9.9.9.9", "2620:fe::fe"]}), FILES))
+    assert {"domain=guests.example", "local=/guests.example/", "expand-hosts", "no-resolv", "server=9.9.9.9",
+            "server=2620:fe::fe"} <= set(text)
+    off = lines(dnsmasq.config_text(network(dns={"enabled": False, "forwarders": ["9.9.9.9", "2620:fe::fe"]}), FILES))
+    assert {"port=0", "dhcp-option=option:dns-server,9.9.9.9", "dhcp-option=option6:dns-server,[2620:fe::fe]"} <= set(off)
+
+
+@pytest.mark.parametrize(("ipv6", "hosts", "expected"), [
+    ({"address": "fd00:122::1/64"}, [], "dhcp-range=fd00:122::,ra-only,64"),
+    ({"address": "fd00:122::1/64", "dhcp": "fd00:122::100 - fd00:122::1ff"}, [], "dhcp-range=fd00:122::100,fd00:122::1ff,64,3600"),
+    ({"address": "fd00:122::1/64"}, [{"name": "web", "mac": "52:54:00:00:00:09", "ipv6": "fd00:122::10"}],
+     "dhcp-range=fd00:122::,static,64,3600")])
+def test_ipv6(ipv6, hosts, expected):
+    text = lines(dnsmasq.config_text(network(ipv6=ipv6, hosts=hosts), FILES))
+    assert expected in text and "enable-ra" in text
+
+
+@pytest.mark.skipif(not shutil.which("dnsmasq", path="/usr/sbin:/usr/bin"), reason="needs dnsmasq")
+@pytest.mark.parametrize("changes", [
+    {}, {"mode": "isolated", "ipv6": {"address": "fd00:122::1/64"}}, {"domain": "a.example", "mtu": 1400},
+    {"ipv6": {"address": "fd00:122::1/64", "dhcp": "fd00:122::100 - fd00:122::1ff"}, "dns": {"forwarders": ["9.9.9.9", "2620:fe::fe"]}},
+    {"dns": {"enabled": False, "forwarders": ["9.9.9.9", "2620:fe::fe"]}, "ipv6": {"address": "fd00:122::1/64"}},
+    {"ipv4": {"address": "192.168.122.1/24"}, "hosts": [{"name": "web", "mac": "52:54:00:00:00:09", "ipv4": "192.168.122.10"}]}])
+def test_dnsmasq_understands_it(tmp_path, changes):
+    live = network(**changes)
+    files = dnsmasq.Files(str(tmp_path), str(tmp_path), "default")
+    dnsmasq.write(files.config, dnsmasq.config_text(live, files))
+    dnsmasq.write(files.hosts, dnsmasq.hosts_text(live, [("52:54:00:00:00:0a", "mail")]))
+    dnsmasq.write(files.names, dnsmasq.names_text(live))
+    tried = subprocess.run(["/usr/sbin/dnsmasq", "--test", f"--conf-file={files.config}"], capture_output=True, text=True, check=False)
+    assert tried.returncode == 0, tried.stderr
+
+
+def test_hosts_file_names_domains_that_dns_can_bear_once():
+    one = network(hosts=[{"name": "web", "mac": "52:54:00:00:00:09", "ipv4": "192.168.122.10"}])
+    members = [("52:54:00:00:00:0a", "Mail"), ("52:54:00:00:00:0b", "mail"), ("52:54:00:00:00:0c", "with space"),
+               ("52:54:00:00:00:0d", "a,b\n"), ("52:54:00:00:00:09", "other"), ("52:54:00:00:00:0e", "web")]
+    assert lines(dnsmasq.hosts_text(one, members)) == ["52:54:00:00:00:09,192.168.122.10,web", "52:54:00:00:00:0a,mail"]
+    assert dnsmasq.names_text(one) == "192.168.122.10 web\n"
+
+
+def test_leases():
+    text = """100 52:54:00:00:00:01 192.168.122.27 ann 01:52:54:00:00:00:01
+50 52:54:00:00:00:02 192.168.122.28 gone *
+0 52:54:00:00:00:03 192.168.122.29 * *
+garbage
+x y z a b
+duid 00:01:00:01:2e:1f:00:00:52:54:00:00:00:01
+100 1234 fd00:122::100 ann 00:01:00:01:2e:1f:00:00:52:54:00:00:00:04
+100 1235 fd00:122::101 * 00:04:aa:bb
+"""
+    leases = dnsmasq.parse_leases(text, 60)
+    assert [(lease.mac, lease.address, lease.name) for lease in leases] == [
+        ("52:54:00:00:00:01", "192.168.122.27", "ann"), ("52:54:00:00:00:03", "192.168.122.29", None),
+        ("52:54:00:00:00:04", "fd00:122::100", "ann"), (None, "fd00:122::101", None)]
+
+
+# The host.
+
+def test_bridges_of_a_libvirt_are_not_taken(tmp_path):
+    (tmp_path / "default.xml").write_text("<network>\n  <bridge name='virbr0' stp='on' delay='0'/>\n</network>")
+    (tmp_path / "other.xml").write_text('<network><bridge stp="on" name="virbr7"/></network>')
+    (tmp_path / "notes.txt").write_text("<bridge name='virbr1'/>")
+    assert hostnet.libvirt_bridges(str(tmp_path)) == {"virbr0", "virbr7"}
+    assert hostnet.libvirt_bridges(str(tmp_path / "nothing")) == set()
+
+
+@pytest.mark.parametrize(("route", "clashes"), [
+    ({"dst": "192.168.122.0/24"}, True), ({"dst": "192.168.0.0/16"}, True), ({"dst": "192.168.122.128/25", "gateway": "10.0.0.1"}, True),
+    ({"dst": "192.168.0.0/16", "gateway": "10.0.0.1"}, False), ({"dst": "192.168.123.0/24"}, False)])
+def test_what_clashes_with_a_range(route, clashes):
+    from ipaddress import ip_network
+    assert hostnet.clash(ip_network("192.168.122.0/24"), {**route, "dst": ip_network(route["dst"])}) is clashes
