@@ -1,0 +1,1 @@
+"""Performance tables: see __main__.py."""
