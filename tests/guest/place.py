@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab.commandline import DIED
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 REPORTS = "KVMAPP_LAB_REPORTS"                          # in the nested host: the file that takes the reports
 VMM = "KVMAPP_TEST_VMM"                                 # kvmapp, or qemu to try the tests themselves on the peer
 LAB_SECONDS = 3600
 STALL_SECONDS = 420                                     # longer than any one test takes on a busy machine
-STARTS = 3                                              # boots of the nested host, at most
+STARTS = 4                                              # boots of the nested host, at most
 
 
 def hardware_virtualization() -> bool:
@@ -67,11 +69,13 @@ class LabRun:
                     yield report
                 if report.when == "teardown":
                     return
-            if ended:
+            if ended and not (self.process.returncode == DIED and self.starts < STARTS):
                 yield self._lost(item)
                 return
-            if time.monotonic() - self.progress > STALL_SECONDS and self.starts < STARTS:
-                self._start_anew()
+            if ended:
+                self._start_anew("the nested host died")
+            elif time.monotonic() - self.progress > STALL_SECONDS and self.starts < STARTS:
+                self._start_anew(f"no report for {STALL_SECONDS} s")
             time.sleep(0.2)
 
     def close(self) -> None:
@@ -79,9 +83,9 @@ class LabRun:
         self.process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start_anew(self) -> None:
-        """The emulated host itself hangs now and then; what it had not finished runs in a new one, and this is said."""
-        print(f"\nlab: no report for {STALL_SECONDS} s: the nested host is ended and started anew", flush=True)
+    def _start_anew(self, why: str) -> None:
+        """The emulated host itself hangs or panics now and then; what it had not finished runs in a new one, and this is said."""
+        print(f"\nlab: {why}: a new nested host runs what is left; the old one's last words:", *self._output()[-12:], sep="\n", flush=True)
         self.process.terminate()
         self.process.wait()
         done = {name for name, reports in self.reports.items() if any(report.when == "teardown" for report in reports)}
@@ -100,7 +104,9 @@ class LabRun:
                 self.reports.setdefault(report.nodeid, []).append(report)
 
     def _lost(self, item: pytest.Item) -> pytest.TestReport:
-        output = (self.folder / "output").read_text(errors="replace").splitlines()
         what = f"no report came from the lab, which ended with status {self.process.returncode}:"
-        text = "\n".join([what, *output[-40:]])
+        text = "\n".join([what, *self._output()[-40:]])
         return pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")
+
+    def _output(self) -> list[str]:
+        return (self.folder / "output").read_text(errors="replace").splitlines()
