@@ -162,6 +162,10 @@ class Machine:
         taken = self.cards["balloon"].device.actual if "balloon" in self.cards else 0
         return self.memory.size - taken
 
+    def network_cards(self) -> dict[str, "Any"]:
+        """{name: device} of the network cards, 'net0' and so on."""
+        return {name: card.device for name, card in self.cards.items() if name.startswith("net")}
+
     def inventory(self) -> list[dict]:
         """[{name, slot}] of the cards in the PCI bus."""
         return [{"name": function.name, "slot": slot} for (slot, _), function in sorted(self.pci.slots().items())]
@@ -251,7 +255,7 @@ class Machine:
             from kvmapp.virtio.net import VirtioNet
         for interface in self.config.interfaces:
             card = VirtioNet(f"net{interface.index}", self.memory, self._network(interface),
-                             bytes.fromhex(interface.mac.replace(":", "")), mtu=interface.mtu or 0)
+                             bytes.fromhex(interface.mac.replace(":", "")), mtu=interface.mtu or 0, link=interface.link == "up")
             self._plug(card, self._thread(f"net {interface.index}"))
 
     def _network(self, interface: "InterfaceConfig") -> "NetBackend":

@@ -179,7 +179,7 @@ DOMAIN = File(
         Setting("mtu", Integer(68, 65535), example="1500",
                 help="The largest packet; the bridge's or tap's when absent."),
         Setting("queues", Integer(1, 16), 1, since="0.2", help="Pairs of queues, one for each of as many vCPUs."),
-        Setting("link", Choice("up", "down"), "up", live=True, since="0.2", help="Whether the cable is plugged in."),
+        Setting("link", Choice("up", "down"), "up", live=True, help="Whether the cable is plugged in."),
         Setting("forwards", ListOf(Forward()), example="tcp:127.0.0.1:2222:22",
                 help="For type user: ports of the host that lead to the guest, each tcp:[ADDRESS:]PORT:GUESTPORT; without an "
                      "address 127.0.0.1."),

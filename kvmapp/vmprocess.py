@@ -13,6 +13,7 @@ from kvmapp.devices import PowerEvent, set_log
 from kvmapp.errors import BadRequest, KvmappError
 from kvmapp.loop import Loop
 from kvmapp.machine import Machine, preload_devices
+from kvmapp.vmdevices import DeviceVerbs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Ending:
         self.exit = exit
 
 
-class Domain:
+class Domain(DeviceVerbs):
     """A guest's life, from `start` to an Ending. `state` and `reason` are virsh's words."""
 
     def __init__(self, config, machine: Machine, loop: Loop, log):

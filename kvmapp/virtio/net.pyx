@@ -44,15 +44,16 @@ cdef class FrameReader(EventSource):
 
 
 cdef class VirtioNet(VirtioDevice):
-    """A card with the address `mac` (6 bytes); `mtu` is told to the driver unless it is 0."""
+    """A card with the address `mac` (6 bytes); `mtu` is told to the driver unless it is 0, `link` is whether its cable is in."""
 
-    def __cinit__(self, str name not None, memory, NetBackend backend not None, bytes mac not None, *, uint16_t mtu=0):
+    def __cinit__(self, str name not None, memory, NetBackend backend not None, bytes mac not None, *, uint16_t mtu=0,
+                  bint link=True):
         if len(mac) != sizeof(self.net_config.mac):
             raise ValueError(f"{name}: a MAC address has 6 bytes, not {len(mac)}")
         self.device_id = VIRTIO_ID_NET
         self.backend = backend
         memcpy(self.net_config.mac, <const char*>mac, sizeof(self.net_config.mac))
-        self.net_config.status = VIRTIO_NET_S_LINK_UP
+        self.net_config.status = VIRTIO_NET_S_LINK_UP if link else 0
         self.net_config.max_virtqueue_pairs = 1
         self.net_config.mtu = mtu
         self.config = &self.net_config

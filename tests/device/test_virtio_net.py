@@ -240,6 +240,20 @@ def test_link_down_is_told_and_nothing_passes(wire):
     assert wire.rx.wait()[0].data[HEADER + 3] == 1
 
 
+def test_a_card_may_start_with_its_cable_out(guest):
+    ours, host = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    card = VirtioNet("net0", guest.memory, FrameDescriptor(fd=ours.detach()), MAC, link=False)
+    driver = guest.drive(card)
+    assert driver.config(6, 2) == 0
+    host.send(bytes(HEADER) + frame_of(1))
+    driver.queues[RX].post(writable=[2048])
+    driver.queues[RX].kick(force=True)
+    guest.settle()
+    assert not driver.queues[RX].collect()
+    card.set_link(True)
+    assert driver.queues[RX].wait()[0].data[HEADER + 3] == 1
+
+
 def test_the_address_stands_in_config_space(wire):
     assert bytes(wire.driver.config(i, 1) for i in range(6)) == MAC
 

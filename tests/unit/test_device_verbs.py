@@ -1,0 +1,42 @@
+"""The control socket's verbs for devices: what they ask of the machine, and what they refuse."""
+from types import SimpleNamespace
+
+import pytest
+
+from kvmapp.errors import BadRequest
+from kvmapp.vmdevices import DeviceNotFound, DeviceVerbs
+
+
+class Card:
+    def __init__(self):
+        self.link = True
+
+    def set_link(self, up):
+        self.link = up
+
+
+@pytest.fixture
+def domain():
+    cards = {"net0": Card()}
+    verbs = DeviceVerbs()
+    verbs.machine = SimpleNamespace(config=SimpleNamespace(name="web"), network_cards=lambda: cards, cards=cards)
+    return verbs
+
+
+def test_link_plugs_the_cable_in_and_out(domain):
+    for up in (False, True):
+        assert domain.verb_link(None, {"device": "net0", "up": up}) == {"device": "net0", "up": up}
+        assert domain.machine.cards["net0"].link is up
+
+
+@pytest.mark.parametrize(("request_", "words"), [({}, "'device' is None"), ({"device": 1, "up": True}, "'device' is 1"),
+                                                 ({"device": "net0"}, "'up' is None"), ({"device": "net0", "up": 1}, "'up' is 1")])
+def test_a_link_request_of_another_shape_is_refused(domain, request_, words):
+    with pytest.raises(BadRequest, match=words):
+        domain.verb_link(None, request_)
+
+
+def test_a_card_that_is_not_there_is_named_with_those_that_are(domain):
+    with pytest.raises(DeviceNotFound, match="Domain 'web' has no network card 'net1'") as refusal:
+        domain.verb_link(None, {"device": "net1", "up": True})
+    assert refusal.value.hint == "it has: net0"
