@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The one way to build, test, show and measure kvmapp:  ./build.sh deps|build|test|demo|bench|lab [ARGS...]
+# The one way to build, test, show and measure kvmapp:  ./build.sh deps|build|test|fuzz|demo|bench|lab [ARGS...]
 #   deps    system packages (apt or dnf, as root) and a Python environment with the pinned dependencies
 #   build   compiles every .pyx in place
 #   test    builds, then lint, types and tests; with arguments: only those tests (paths or pytest options)
+#   fuzz    throws coverage-guided input at every device: [SECONDS] [DEVICE ...]; findings go to build/fuzz/findings
 #   demo    builds, then shows a guest running under our own VMM
 #   bench   builds, then prints the performance tables (ratios against a peer in the same run)
 #   lab     runs a command in the nested host (real hardware virtualization on any machine), see tests/lab/README.md
@@ -138,7 +139,8 @@ case $command in
     deps | build | demo) "$command" ;;
     test) run_tests "$@" ;;
     lint) build; lint ;;
+    fuzz) build; exec python -m tests.fuzz "$@" ;;
     bench) build; exec python -m bench "$@" ;;
     lab) build; exec tests/lab/run "$@" ;;
-    *) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -16,6 +16,8 @@ from kvmapp.iothread cimport IoThread, Timer, monotonic_ns
 from kvmapp.layout import ACPI_GPE0_SIZE, ACPI_SLEEP_TYPE_S5
 from kvmapp.state import StateReader
 
+TICKS_MOST = 1 << 56                 # in saved state: 600 years, and room to count on
+
 cdef enum:
     PM1_STATUS = 0x00                # two bytes each
     PM1_ENABLE = 0x02
@@ -113,7 +115,7 @@ cdef class AcpiPm(Device):
         state.control = reader.bits("control", CONTROL_KEPT)
         state.gpe_status = reader.uint("gpe_status", 0xFFFF)
         state.gpe_enable = reader.uint("gpe_enable", 0xFFFF)
-        state.ticks = reader.uint("ticks", (1 << 63) - 1)
+        state.ticks = reader.uint("ticks", TICKS_MOST)
         state.half_turns = reader.uint("half_turns", state.ticks >> HALF_TURN_BITS)
         reader.done()
         self.state = state

@@ -9,8 +9,10 @@
 
 Up to the `yield` a fresh device is built and mapped; after it, it is disturbed through the buses: every value that it saves must
 differ from power-on then. `still` names values (the last words of their paths) that no disturbance reaches so easily, `kept`
-those that a reset does not take back.
+those that a reset does not take back. A device that the host's side talks to sets `board.stimulus`, by which the fuzzer
+(tests/fuzz) does so.
 """
+import contextlib
 import os
 import socket
 import tempfile
@@ -74,9 +76,18 @@ def store(bus, size, *stores):
         bus.write(address, size, value)
 
 
+def exchange(end: socket.socket, data: bytes) -> None:
+    """Sends, and takes what is there, without waiting for either."""
+    for step in (lambda: end.send(data), lambda: end.recv(65536)):
+        with contextlib.suppress(BlockingIOError):
+            step()
+
+
 @profile(Ns16550)
 def ns16550(board):
-    device = Ns16550("serial0", board.interrupts.line(4), CharBackend("serial0", output_size=16))
+    backend = CharBackend("serial0", output_size=16)
+    device = Ns16550("serial0", board.interrupts.line(4), backend)
+    board.stimulus = lambda data: (backend.give(data), backend.take())
     board.pio.map(0x3F8, 8, device)
     yield device
     data, ier, fcr, lcr, mcr, scr = 0x3F8, 0x3F9, 0x3FA, 0x3FB, 0x3FC, 0x3FF
@@ -126,6 +137,7 @@ def acpi_pm(board):
     device = AcpiPm("acpi", board.interrupts.line(9), Power(), board.thread)
     board.pio.map(0x600, 0x24, device)
     device.resume()
+    board.stimulus = lambda data: device.raise_event(data[0] % 16) if data else device.press_power_button()
     yield device
     store(board.pio, 2, (0x602, 0x121), (0x604, 0x1C02), (0x622, 0x55AA))
     device.press_power_button()
@@ -184,8 +196,10 @@ def virtio_rng(board):
 
 @profile(VirtioConsole, still=VIRTIO_STILL - {"generation"} | {"last_avail", "next_used"}, kept={"cols", "rows"})
 def virtio_console(board):
-    device = VirtioConsole("hvc0", board.memory, CharBackend("hvc0", output_size=16))
+    backend = CharBackend("hvc0", output_size=16)
+    device = VirtioConsole("hvc0", board.memory, backend)
     driver = board.plug(device)
+    board.stimulus = lambda data: (backend.give(data), backend.take(), device.resize(len(data), 7))
     yield driver.card
     driver.start(size=16)
     driver.queues[1].post(readable=[bytes(20)])
@@ -198,6 +212,7 @@ def virtio_console(board):
 def virtio_balloon(board):
     device = VirtioBalloon("balloon0", board.memory)
     driver = board.plug(device)
+    board.stimulus = lambda data: (device.inflate_to(len(data) << 12), device.poll_statistics(), device.statistics())
     yield driver.card
     driver.start(size=16)
     device.inflate_to(8 << 20)
@@ -208,11 +223,13 @@ def virtio_balloon(board):
     driver.queues[0].wait()
 
 
-@profile(VirtioNet, still=VIRTIO_STILL - {"generation"} | {"mac"}, kept={"link"})
+@profile(VirtioNet, still=VIRTIO_STILL - {"generation"} | {"mac"}, kept={"link", "mac"})
 def virtio_net(board):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    theirs.setblocking(False)
     device = VirtioNet("net0", board.memory, FrameDescriptor(fd=ours.detach()), bytes(6))
     driver = board.plug(device)
+    board.stimulus = lambda data: exchange(theirs, data)
     yield driver.card
     with theirs:
         driver.start(size=16)
@@ -245,8 +262,9 @@ def virtio_blk(board):
 class Board(Guest):
     """One profile's device, built, on a machine of its own."""
 
-    def __init__(self, which: Profile):
-        super().__init__()
+    def __init__(self, which: Profile, size: int = 32 << 20):
+        super().__init__(size)
+        self.stimulus: Callable[[bytes], object] | None = None
         steps = which.build(self)
         self.device = next(steps)
         self.steps = steps

@@ -65,6 +65,18 @@ def test_every_device_has_a_profile(kind):
         f"{kind.__module__}.{kind.__name__} has no profile in tests/device/profiles.py"
 
 
+@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.__name__)
+def test_every_device_saves_and_restores(kind):
+    """`Device.restore` takes whatever it is given: who inherits that has none."""
+    assert kind.restore is not Device.restore, f"{kind.__module__}.{kind.__name__} has no restore of its own"
+
+
+def test_every_profile_is_fuzzed(profile):
+    corpus = ROOT / "tests" / "fuzz" / "corpus" / f"{profile.name}.hex"
+    assert corpus.exists() and corpus.read_text(), \
+        f"{profile.name} has no corpus: run ./build.sh fuzz 60 {profile.name} --keep, mend what that finds, and commit {corpus.name}"
+
+
 def test_the_disturbance_reaches_every_value(profile):
     with Board(profile) as fresh, Board(profile) as board:
         board.disturb()
