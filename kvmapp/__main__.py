@@ -78,19 +78,27 @@ def boot_probe() -> str:
 
 def run(words: list[str]) -> int:
     from kvmapp.errors import UsageError
-    from kvmapp.options import part_arguments, run_options
+    from kvmapp.options import RUN_EXTRAS, part_arguments, run_options
     options = run_options()
-    pairs, files = part_arguments(words, {flag: bool(option.metavar) for flag, option in options.items()} | {"--help": False})
+    takes_value = {flag: bool(option.metavar) for flag, option in options.items()} | {"--help": False}
+    pairs, files = part_arguments(words, takes_value | {flag: bool(metavar) for flag, metavar, _ in RUN_EXTRAS})
     if ("--help", None) in pairs:
         from kvmapp.options import run_help
         print(run_help(), end="")
         return 0
     if len(files) > 1:
         raise UsageError(f"one domain file at a time, got {' '.join(files)}")
-    from kvmapp.config import config_from_options
-    config = config_from_options(pairs, files[0] if files else None)
-    from kvmapp.foreground import run as run_foreground
-    return run_foreground(config)
+    extras = {flag: value or "" for flag, value in pairs if flag not in options}
+    pairs = [pair for pair in pairs if pair[0] in options]
+    from kvmapp import foreground
+    saved = foreground.open_saved(extras["--restore"]) if "--restore" in extras else None
+    if saved and not pairs and not files:
+        from kvmapp.snapshot import configuration
+        config = configuration(saved)
+    else:
+        from kvmapp.config import config_from_options
+        config = config_from_options(pairs, files[0] if files else None)
+    return foreground.run(config, foreground.Extras(extras.get("--save"), saved))
 
 
 def entry() -> None:

@@ -4,6 +4,7 @@
     → {"id": 2, "verb": "setmem", "bytes": 268435456}          ← {"id": 2, "error": {"code": ..., "message": ..., "hint": ...}}
     → {"id": 3, "verb": "subscribe"}                           ← {"id": 3, "ok": {}}, then {"event": {...}} lines
     → {"id": 4, "verb": "console", "device": "serial0"}        ← {"id": 4, "ok": {...}}, then bytes of the console both ways
+    → {"id": 5, "verb": "save"}, with a descriptor             ← {"id": 5, "ok": {...}}, when it is done: a verb may answer later
 
 The daemon and the CLI's console are its clients. A client that leaves too much unread loses its connection; it never holds the
 domain up. Left out: who may connect is a matter of the socket file's owner and mode.
@@ -17,11 +18,12 @@ from kvmapp.errors import BadRequest, KvmappError
 from kvmapp.loop import READ, WRITE, Loop
 
 LINE_MOST = 1 << 20                 # bytes of one request
+FDS_MOST = 4                        # descriptors that may come with a request
 BACKLOG_MOST = 4 << 20              # bytes that a client may leave unread
 
 
 class ControlServer:
-    """Accepts clients on a listening UNIX socket and calls `verbs[verb](connection, request) -> dict`."""
+    """Accepts clients on a listening UNIX socket and calls `verbs[verb](connection, request) -> dict`; None: it answers later."""
 
     def __init__(self, loop: Loop, listener: socket.socket, verbs: dict):
         self.loop = loop
@@ -63,12 +65,24 @@ class Connection:
         self.output = bytearray()
         self.subscribed = False
         self.port = None
+        self.fds: list[int] = []        # came with a request (SCM_RIGHTS) and not yet taken
+        self.on_close = None            # called once when the client is gone
         client.setblocking(False)
         self.peer = peer_of(client)
         server.loop.watch(self.fd, self.ready)
 
     def send(self, message: dict) -> None:
         self.send_bytes(json.dumps(message, separators=(",", ":")).encode() + b"\n")
+
+    def answer(self, number, ok: dict | None = None, error: KvmappError | None = None) -> None:
+        """Answers a request whose verb answered None."""
+        self.send({"id": number, "error": error.to_dict()} if error else {"id": number, "ok": ok or {}})
+
+    def take_fd(self) -> int:
+        """The descriptor that came with the request, the caller's from now on. Raises BadRequest."""
+        if not self.fds:
+            raise BadRequest("no descriptor came with the request")
+        return self.fds.pop(0)
 
     def send_bytes(self, data: bytes) -> None:
         """Sends now what the client takes, keeps the rest; a client that leaves too much unread is let go."""
@@ -90,8 +104,15 @@ class Connection:
             self.server.connections.discard(self)
             self.server.loop.unwatch(self.fd)
             self.socket.close()
+            self.drop_fds()
             if self.port:
                 self.port.detach(self)
+            if self.on_close:
+                self.on_close()
+
+    def drop_fds(self) -> None:
+        while self.fds:
+            os.close(self.fds.pop())
 
     def ready(self, events: int) -> None:
         if events & WRITE:
@@ -101,7 +122,8 @@ class Connection:
 
     def receive(self) -> None:
         try:
-            data = self.socket.recv(65536)
+            data, fds, _, _ = socket.recv_fds(self.socket, 65536, FDS_MOST, socket.MSG_CMSG_CLOEXEC)
+            self.fds += fds
         except BlockingIOError:
             return
         except OSError:
@@ -133,10 +155,14 @@ class Connection:
                 raise BadRequest(f"unknown verb {request['verb']!r}", f"known: {', '.join(sorted(self.server.verbs))}")
             answer = verb(self, request)
         except KvmappError as error:
-            self.send({"id": number, "error": error.to_dict()})
+            self.answer(number, error=error)
+            return
+        finally:
+            self.drop_fds()             # a verb that wants them has taken them
+        if answer is None:
             return
         port = answer.pop("attach", None)
-        self.send({"id": number, "ok": answer})
+        self.answer(number, answer)
         if port:
             port.attach(self)
             self.attach(port)

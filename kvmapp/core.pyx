@@ -29,13 +29,14 @@ from kvmapp.abi.posix cimport (EAGAIN, EINTR, MAP_FAILED, MAP_SHARED, PROT_READ,
 from kvmapp.coalesced cimport CoalescedRing
 from kvmapp.devices cimport CRASH, POWER_OFF, RESET
 from kvmapp.irqchip cimport KvmInterrupts
-from kvmapp.vmstate cimport msr_indexes, restore_vcpu, restore_vm, save_vcpu, save_vm
+from kvmapp.vmstate cimport msr_indexes, restore_vcpu, restore_vm, save_vcpu, save_vm, tell_stopped
 
 import os
 import threading
 
 from kvmapp.errors import HostError
 from kvmapp.layout import IDENTITY_MAP_BASE, TSS_BASE
+from kvmapp.state import StateError, StateReader
 
 cdef enum Wanted:
     RUN
@@ -232,6 +233,22 @@ cdef class Vm:
         """The state that lives in KVM; the VM must be paused. Raises HostError."""
         indexes = msr_indexes(self.kvm.fd)
         return {"version": 1, "chips": save_vm(self.fd), "vcpus": [save_vcpu((<Vcpu>vcpu).fd, indexes) for vcpu in self.vcpus]}
+
+    def restore(self, dict state not None, uint64_t elapsed=0):
+        """Puts back what `save` gave, with clocks that went on for `elapsed` ns; devices come before. False: this host cannot run
+        the guest's TSC at the rate it had. Raises StateError, HostError."""
+        reader = StateReader("kvm", state, version=1)
+        chips, vcpus = reader.take("chips", dict), reader.take("vcpus", list)
+        reader.done()
+        if len(vcpus) != len(self.vcpus) or not all(isinstance(saved, dict) for saved in vcpus):
+            raise StateError(f"kvm: 'vcpus' does not hold {len(self.vcpus)} vCPUs")
+        drifts = 0
+        for vcpu, saved in zip(self.vcpus, vcpus):
+            drifts |= restore_vcpu((<Vcpu>vcpu).fd, saved, elapsed)
+        restore_vm(self.fd, chips, elapsed)                    # after the LAPICs, into which the I/O APIC may send at once
+        for vcpu in self.vcpus:
+            tell_stopped((<Vcpu>vcpu).fd)
+        return not drifts
 
     def resume(self):
         """Lets the vCPUs run; the first time it starts their threads."""

@@ -398,6 +398,11 @@ cdef class Power:
         cdef uint32_t event = atomic_exchange_u32(&self.event, RUNNING)
         return PowerEvent(event), self.code if event else 0
 
+    @property
+    def asked(self):
+        """Whether a wish waits to be taken."""
+        return bool(self.pending())
+
     def ask(self, uint32_t event, uint32_t code=0):
         """The same wish from the host's side."""
         self.request(event, code)

@@ -1,7 +1,8 @@
 """`kvmapp run`: one domain in the foreground, its serial port on the terminal.
 
 Ctrl-] ends the guest; SIGTERM (or SIGINT) presses its power button and, a second time, ends it; SIGQUIT ends it at once. The exit
-status tells how it ended: 0 powered off, 3 reset (with --no-reboot), 4 crashed, 5 ended from here, 2N+1 by debug exit N, 1 an error.
+status tells how it ended: 0 powered off, 3 reset (with --no-reboot), 4 crashed, 5 ended from here, 6 saved, 2N+1 by debug exit N,
+1 an error. With --save FILE, SIGUSR1 saves the guest to FILE and ends it; --restore FILE goes on from there.
 """
 import fcntl
 import signal
@@ -11,17 +12,38 @@ import termios
 
 from kvmapp import terminal
 from kvmapp.console import ConsolePort, open_log, open_sink
+from kvmapp.errors import KvmappError
 from kvmapp.loop import Loop
 from kvmapp.machine import Machine
 from kvmapp.vmprocess import Domain, Log
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kvmapp.statefile import SavedState
 
-def run(config) -> int:
+
+class Extras:
+    """What `kvmapp run` does beside running the domain."""
+    __slots__ = ("restore", "save")
+
+    def __init__(self, save: str | None = None, restore: "SavedState | None" = None):
+        self.save = save                                # where SIGUSR1 saves to
+        self.restore = restore                          # go on from this state
+
+
+def run(config, extras: Extras | None = None) -> int:
     """Runs the domain to its end; the exit status. Raises KvmappError when it cannot start."""
+    extras = extras or Extras()
     uses_terminal = any(device.type == "stdio" for device in (*config.serials, *config.consoles)) and terminal.is_terminal()
     if uses_terminal:
-        return terminal.guarded(lambda: report(lambda: run_here(config, uses_terminal)))
-    return run_here(config, uses_terminal)
+        return terminal.guarded(lambda: report(lambda: run_here(config, uses_terminal, extras)))
+    return run_here(config, uses_terminal, extras)
+
+
+def open_saved(path: str) -> "SavedState":
+    """A saved state's file, open and found whole. Raises KvmappError."""
+    from kvmapp import statefile
+    return statefile.read(statefile.open_file(path), path)
 
 
 def report(work) -> int:
@@ -30,23 +52,30 @@ def report(work) -> int:
     return guarded_main(work)
 
 
-def run_here(config, uses_terminal: bool) -> int:
-    loop = Loop()
-    domain = Domain(config, Machine(config), loop, Log(2))
+def run_here(config, uses_terminal: bool, extras: Extras) -> int:
+    loop, log = Loop(), Log(2)
+    domain = Domain(config, machine_for(config, extras, log), loop, log)
     for name, backend, device in domain.machine.characters:
         domain.ports[name] = ConsolePort(loop, name, backend, open_sink(device), open_log(device), leave_key(domain, uses_terminal))
-    handle_signals(domain)
+    handle_signals(domain, extras)
     if not uses_terminal:
-        return live(domain)
+        return live(domain, extras)
     with terminal.RawTerminal():
         resize(domain)
         signal.signal(signal.SIGWINCH, lambda *_: loop.call(lambda: resize(domain)))
-        return live(domain)
+        return live(domain, extras)
 
 
-def live(domain: Domain) -> int:
+def machine_for(config, extras: Extras, log: Log) -> Machine:
+    if extras.restore is None:
+        return Machine(config)
+    from kvmapp.snapshot import restore
+    return restore(extras.restore, config, warn=lambda text: log(f"warning: {text}"))
+
+
+def live(domain: Domain, extras: Extras) -> int:
     try:
-        domain.start()
+        domain.start(restored=extras.restore is not None)
         domain.loop.run()
     finally:
         domain.close()
@@ -64,7 +93,7 @@ def leave_key(domain: Domain, uses_terminal: bool):
     return escape if uses_terminal else None
 
 
-def handle_signals(domain: Domain) -> None:
+def handle_signals(domain: Domain, extras: Extras) -> None:
     asked = False
 
     def press(*_):
@@ -78,6 +107,16 @@ def handle_signals(domain: Domain) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, press)
     signal.signal(signal.SIGQUIT, lambda *_: domain.loop.call(domain.destroy))
+    if path := extras.save:
+        signal.signal(signal.SIGUSR1, lambda *_: domain.loop.call(lambda: save(domain, path)))
+
+
+def save(domain: Domain, path: str) -> None:
+    """A file that cannot be written costs a line; the guest goes on."""
+    try:
+        domain.save(lambda error: None, path)
+    except KvmappError as error:
+        domain.log(f"not saved: {error.message}" + (f" (hint: {error.hint})" if error.hint else ""))
 
 
 def resize(domain: Domain) -> None:

@@ -2,10 +2,11 @@
 
     machine = Machine(config)
     machine.boot(); machine.resume(); ...; machine.pause(); machine.close()
+    machine.save_state() -> dict; machine.restore_state(dict)       # paused; memory is snapshot.py's matter
 
 A new device is built here, in one of the `_add_...` steps, and nowhere else. Control methods belong to one thread.
 """
-from kvmapp.boot.cpuid import address_bits, guest_cpuid
+from kvmapp.boot.cpuid import address_bits, guest_cpuid, lacking_features
 from kvmapp.boot.direct import DirectBoot
 from kvmapp.boot.e820 import pci_window64
 from kvmapp.boot.platform import Platform
@@ -46,6 +47,7 @@ from kvmapp.layout import (
     PORT_SYSTEM_CONTROL_A,
 )
 from kvmapp.memory import GuestMemory
+from kvmapp.state import StateError, StateReader
 from kvmapp.virtio.pci import VirtioPci
 
 TYPE_CHECKING = False
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from kvmapp.config import InterfaceConfig
     from kvmapp.net.backend import NetBackend
 
+STATE_VERSION = 1
 SERIAL_PLACES = ((PORT_COM1, GSI_COM1), (PORT_COM2, GSI_COM2))
 
 
@@ -63,13 +66,15 @@ class Machine:
     vm: "Any" = None
     direct: "Any" = None
 
-    def __init__(self, config, files: dict[str, int] | None = None):
-        """Builds it, powered off. `files` are descriptors opened by others, by what they are for ('disk:vda', 'interface:0').
+    def __init__(self, config, files: dict[str, int] | None = None, cpuids: list | None = None):
+        """Builds it, powered off. `files` are descriptors opened by others, by what they are for ('disk:vda', 'interface:0');
+        `cpuids` are the CPUID entries of each vCPU that a restored guest has seen.
 
         Raises KvmappError, and then nothing is left open.
         """
         self.config = config
         self.files = files or {}
+        self.cpuids: list = cpuids or []
         self.devices: list[Device] = []
         self.cards: dict[str, VirtioPci] = {}
         self.threads: list[IoThread] = []
@@ -122,6 +127,29 @@ class Machine:
         self.memory.clear()
         self.vm.reset()
         self.pci.assign_resources()
+
+    def save_state(self) -> dict:
+        """Everything that the guest can see but its memory; the machine is paused. Raises HostError."""
+        return {"version": STATE_VERSION, "cpuids": self.cpuids, "kvm": self.vm.save(),
+                "devices": {device.name: device.save() for device in self.devices}}
+
+    def restore_state(self, state: dict, elapsed: int = 0) -> bool:
+        """Puts back what `save_state` gave, `elapsed` ns later; the machine has not run yet, its memory is there.
+
+        False: this host cannot run the guest's TSC at the rate it had. Raises StateError, HostError.
+        """
+        reader = StateReader("machine", state, STATE_VERSION)
+        reader.take("cpuids", list)
+        kvm, devices = reader.take("kvm", dict), dict(reader.take("devices", dict))
+        reader.done()
+        for device in self.devices:
+            if not isinstance(devices.get(device.name), dict):
+                raise StateError(f"The saved machine has no device '{device.name}'", "restore it with the configuration it was saved with")
+            device.restore(devices.pop(device.name))
+        if devices:
+            raise StateError(f"The saved machine has a device '{min(map(str, devices))}' that this configuration lacks",
+                             "restore it with the configuration it was saved with")
+        return self.vm.restore(kvm, elapsed)
 
     def close(self) -> None:
         """Gives everything back to the host; a second call does nothing."""
@@ -202,17 +230,27 @@ class Machine:
         self.vm = Vm(kvm, self.memory)
         self.topology = Topology(config.vcpus)
         supported = kvm.supported_cpuid()
-        for index in range(config.vcpus):
+        if self.cpuids:
+            self._check_cpu(supported, kvm.has_tsc_deadline)
+        else:
             # A KVM that interprets guest code has an x2APIC that its few guests cannot use.
-            leaves = guest_cpuid(supported, self.topology, index, model=config.cpu, x2apic=not kvm.interprets,
-                                 tsc_deadline=kvm.has_tsc_deadline)
+            self.cpuids = [guest_cpuid(supported, self.topology, index, model=config.cpu, x2apic=not kvm.interprets,
+                                       tsc_deadline=kvm.has_tsc_deadline) for index in range(config.vcpus)]
+        for index, leaves in enumerate(self.cpuids):
             self.vm.add_vcpu(leaves, self.topology.apic_id(index))
-        bits = address_bits(leaves)
+        bits = address_bits(self.cpuids[0])
         if sum(self.memory.ranges[-1]) > 1 << bits:
             raise HostError(f"{config.memory >> 30} GiB of memory do not fit into the {bits} address bits of the guest's CPUs",
                             "lower the domain's memory" + ("" if config.cpu == "host" else ", or set cpu = host"))
         self.window64 = pci_window64(self.memory.ranges, bits)
         self.io = self._thread("io")
+
+    def _check_cpu(self, supported: list, tsc_deadline: bool) -> None:
+        """The guest goes on with the CPU that it knows, or not at all."""
+        lacking = lacking_features(self.cpuids[0], supported, tsc_deadline=tsc_deadline)
+        if lacking:
+            raise HostError(f"Domain '{self.config.name}' uses what this host's CPU or KVM lacks: {', '.join(lacking[:8])}",
+                            "restore it on a host like the one where it was saved; with cpu = baseline it could move to any")
 
     def _add_platform(self) -> None:
         """The chips that every PC has."""

@@ -1,14 +1,15 @@
-"""Guest memory: anonymous mappings that KVM shows to the guest as RAM, and the one checked way from gpa to hva.
+"""Guest memory: private mappings that KVM shows to the guest as RAM, and the one checked way from gpa to hva.
 
 Every address that comes out of the guest enters the host's address space through `translate`, which answers only for a range
-that lies wholly inside one region. What it leaves out: regions are placed once, at the start (no memory hotplug).
+that lies wholly inside one region. A restored guest's memory is its file, mapped privately: a page is read when it is first
+touched, and never written back. What it leaves out: regions are placed once, at the start (no memory hotplug).
 """
 from cpython.buffer cimport PyBUF_WRITE
 from cpython.memoryview cimport PyMemoryView_FromMemory
-from libc.string cimport memcpy
+from libc.string cimport memcmp, memcpy
 
 from kvmapp.abi.posix cimport (MADV_DONTDUMP, MADV_DONTNEED, MADV_HUGEPAGE, MADV_MERGEABLE, MAP_ANONYMOUS, MAP_FAILED,
-                               MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, errno, madvise, mmap, munmap)
+                               MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, errno, madvise, mmap, munmap)
 
 import os
 
@@ -31,13 +32,13 @@ cdef class GuestMemory:
 
     def __cinit__(self, uint64_t size, *, bint mergeable=False, bint huge_pages=True):
         """Maps the memory. Raises ValueError for an odd size, HostError where the host refuses."""
-        self.count = 0
+        self.mergeable, self.huge_pages = mergeable, huge_pages
         if size == 0 or size % PAGE_SIZE:
             raise ValueError(f"guest memory must be a multiple of {PAGE_SIZE} bytes, not {size}")
         cdef uint64_t low = min(size, LOW_MEMORY_END)
-        self._map(0, low, mergeable, huge_pages)
+        self._map(0, low)
         if size > low:
-            self._map(HIGH_MEMORY_BASE, size - low, mergeable, huge_pages)
+            self._map(HIGH_MEMORY_BASE, size - low)
 
     def __dealloc__(self):
         cdef int i
@@ -69,10 +70,47 @@ cdef class GuestMemory:
             memcpy(target, &data[0], data.shape[0])
 
     def clear(self):
-        """Gives every page back to the host: the guest reads zeroes, as after a power cycle."""
+        """Gives every page back to the host: the guest reads zeroes, as after a power cycle. Raises HostError."""
         cdef int i
         for i in range(self.count):
-            madvise(self.regions[i].hva, self.regions[i].size, MADV_DONTNEED)
+            if self.from_file:                         # DONTNEED would bring the file's contents back
+                self._place(&self.regions[i])
+            else:
+                madvise(self.regions[i].hva, self.regions[i].size, MADV_DONTNEED)
+        self.from_file = False
+
+    def runs(self, uint64_t granule):
+        """[(gpa, length)] of what is not zero, ascending, in units of `granule` bytes (a power of two from 4096 on)."""
+        found = []
+        cdef uint64_t start, end
+        cdef Region* region
+        cdef int i
+        for i in range(self.count):
+            region = &self.regions[i]
+            start = end = 0
+            while end < region.size:
+                with nogil:
+                    start = end
+                    while start < region.size and is_zero(region.hva + start, min(granule, region.size - start)):
+                        start += granule
+                    end = start
+                    while end < region.size and not is_zero(region.hva + end, min(granule, region.size - end)):
+                        end += granule
+                    end = min(end, region.size)
+                if start < end:
+                    found.append((region.gpa + start, end - start))
+        return found
+
+    def map_file(self, int fd, uint64_t gpa, uint64_t length, uint64_t offset):
+        """Makes [gpa, gpa + length) show these bytes of the file; all of it in whole pages. Raises GuestAddressError, HostError."""
+        cdef uint8_t* target = self._require(gpa, length)
+        if (gpa | length | offset) % PAGE_SIZE:
+            raise ValueError(f"{gpa:#x}+{length:#x} from {offset:#x} is not made of pages")
+        if mmap(target, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, offset) == MAP_FAILED:
+            raise HostError(f"Cannot map {length >> 10} KiB of saved memory: {os.strerror(errno)}",
+                            "see ulimit -v and vm.max_map_count")
+        madvise(target, length, MADV_DONTDUMP)
+        self.from_file = True
 
     cdef uint8_t* translate(self, uint64_t gpa, uint64_t length) noexcept nogil:
         """The hva of [gpa, gpa + length), or NULL unless one region holds all of it. No sum here can wrap."""
@@ -115,19 +153,30 @@ cdef class GuestMemory:
             raise GuestAddressError(f"guest address {gpa:#x} (+{length:#x} bytes) is not in RAM")
         return hva
 
-    cdef int _map(self, uint64_t gpa, uint64_t size, bint mergeable, bint huge_pages) except -1:
-        cdef void* hva = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-        if hva == MAP_FAILED:
-            raise HostError(f"Cannot allocate {size >> 20} MiB of guest memory: {os.strerror(errno)}",
-                            hint="lower the domain's memory, or see ulimit -v and vm.overcommit_memory")
-        # Advice only: a kernel without the feature refuses, and the guest runs all the same.
-        madvise(hva, size, MADV_DONTDUMP)
-        if huge_pages:
-            madvise(hva, size, MADV_HUGEPAGE)
-        if mergeable:
-            madvise(hva, size, MADV_MERGEABLE)
-        self.regions[self.count].gpa = gpa
-        self.regions[self.count].size = size
-        self.regions[self.count].hva = <uint8_t*>hva
+    cdef int _map(self, uint64_t gpa, uint64_t size) except -1:
+        cdef Region* region = &self.regions[self.count]
+        region.gpa, region.size, region.hva = gpa, size, NULL
+        self._place(region)
         self.count += 1
         return 0
+
+    cdef int _place(self, Region* region) except -1:
+        """Maps fresh zeroes for the region, in the place of what it had."""
+        cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (MAP_FIXED if region.hva != NULL else 0)
+        cdef void* hva = mmap(region.hva, region.size, PROT_READ | PROT_WRITE, flags, -1, 0)
+        if hva == MAP_FAILED:
+            raise HostError(f"Cannot allocate {region.size >> 20} MiB of guest memory: {os.strerror(errno)}",
+                            hint="lower the domain's memory, or see ulimit -v and vm.overcommit_memory")
+        region.hva = <uint8_t*>hva
+        # Advice only: a kernel without the feature refuses, and the guest runs all the same.
+        madvise(hva, region.size, MADV_DONTDUMP)
+        if self.huge_pages:
+            madvise(hva, region.size, MADV_HUGEPAGE)
+        if self.mergeable:
+            madvise(hva, region.size, MADV_MERGEABLE)
+        return 0
+
+
+cdef bint is_zero(const uint8_t* data, uint64_t size) noexcept nogil:
+    """`size` is 1 or more. Each byte equals the one before it, and the first is zero."""
+    return data[0] == 0 and memcmp(data, data + 1, size - 1) == 0

@@ -40,6 +40,11 @@ class Option:
 
 
 SUBOPTIONS = {"disk": "PATH[,KEY=VALUE...]", "interface": "tap=NAME|bridge=NAME|network=NAME|user[,KEY=VALUE...]"}
+# What `kvmapp run` takes besides: (flag, metavar, help).
+RUN_EXTRAS = (
+    ("--save", "FILE", "SIGUSR1 saves the guest, memory and all, to FILE and ends it (exit status 6)."),
+    ("--restore", "FILE", "Goes on from a saved state, with the configuration it was saved with unless another one is given."),
+)
 # The first word of --net: which key the rest of it is.
 NET_TYPES = {"tap": "target", "bridge": "source", "network": "source", "user": ""}
 
@@ -85,10 +90,12 @@ def run_help() -> str:
     lines = ["usage: kvmapp run [FILE] [OPTIONS]", "",
              "Runs one domain in the foreground, its first serial port on the terminal; options come on top of FILE.",
              "Ctrl-] ends the guest. Exit status: 0 it powered off, 3 it was reset (with --no-reboot), 4 it crashed,",
-             "5 it was ended from here, 2N+1 it ended itself by debug exit N, 1 an error.", ""]
+             "5 it was ended from here, 6 it was saved, 2N+1 it ended itself by debug exit N, 1 an error.", ""]
     for option in run_options().values():
         lines.append(f"  {option.flag} {option.metavar}".rstrip())
         lines.append(f"        {option.help}")
+    for flag, metavar, text in RUN_EXTRAS:
+        lines += [f"  {flag} {metavar}".rstrip(), f"        {text}"]
     return "\n".join(lines) + "\n"
 
 

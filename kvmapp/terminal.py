@@ -49,7 +49,7 @@ def guarded(run) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
         signal.signal(number, lambda number, _frame: os.kill(child, number))
     try:
         _, status = os.waitpid(child, 0)

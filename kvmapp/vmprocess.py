@@ -17,10 +17,13 @@ from kvmapp.vmdevices import DeviceVerbs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmapp.control import ControlServer
+    from kvmapp.saving import Saving
 
 # How a process that ran one guest ends (kvmapp run): the exit status tells how the guest ended.
-EXIT_POWER_OFF, EXIT_ERROR, EXIT_RESET, EXIT_CRASH, EXIT_DESTROYED = 0, 1, 3, 4, 5
+EXIT_POWER_OFF, EXIT_ERROR, EXIT_RESET, EXIT_CRASH, EXIT_DESTROYED, EXIT_SAVED = 0, 1, 3, 4, 5, 6
 
 TRIPLE_FAULT = 8                        # KVM_EXIT_SHUTDOWN, the code of a reset that the run loop asks for
 RESET_CAUSES = {TRIPLE_FAULT: "the guest reset by a triple fault"}
@@ -55,28 +58,35 @@ class Domain(DeviceVerbs):
         self.ports: dict[str, ConsolePort] = {}
         self.server: ControlServer | None = None
         self.reboot_asked = False
+        self.saving: Saving | None = None
+        self.saved_from = self.state, self.reason       # what the domain goes back to when the saving fails
         self.debug_port = LogPort(loop, machine.debug_console, log) if machine.debug_console else None
 
     # The life cycle.
 
-    def start(self, paused: bool = False) -> None:
-        """The guest's first instruction; `paused`: all is made ready for it, and `resume` gives the word."""
+    def start(self, paused: bool = False, restored: bool = False) -> None:
+        """The guest's first instruction, or its next one when the machine was restored; `paused`: all is made ready for it, and
+        `resume` gives the word."""
         self.loop.watch(self.machine.power.fd, self.power_event)
-        self.machine.boot()
+        if not restored:
+            self.machine.boot()
         if paused:
             self.change("paused", "user")
             return
         self.machine.resume()
-        self.change("running", "booted")
+        self.change("running", "restored" if restored else "booted")
 
     def serve(self, listener) -> None:
         """Answers on a control socket."""
         from kvmapp.control import ControlServer  # `kvmapp run` goes without
-        verbs = {name.removeprefix("verb_"): getattr(self, name) for name in dir(self) if name.startswith("verb_")}
+        verbs = {name.removeprefix("verb_").replace("_", "-"): getattr(self, name) for name in dir(self) if name.startswith("verb_")}
         self.server = ControlServer(self.loop, listener, verbs)
 
     def end(self, ending: Ending) -> None:
         """The guest stops here; `loop.run` returns."""
+        if self.saving:
+            self.saving.give_up()
+            self.saving = None
         self.machine.pause()
         self.ending = ending
         if self.debug_port:
@@ -87,6 +97,8 @@ class Domain(DeviceVerbs):
 
     def close(self) -> None:
         """Shows the guest's last words and gives everything back."""
+        if self.saving:
+            self.saving.give_up()
         self.machine.pause()
         for port in self.ports.values():
             port.close()
@@ -160,6 +172,7 @@ class Domain(DeviceVerbs):
         return {"name": config.name, "uuid": config.uuid, "pid": os.getpid(), "state": self.state, "reason": self.reason,
                 "started": self.started, "vcpus": config.vcpus, "memory": config.memory, "balloon": self.machine.balloon_size(),
                 "acpi": config.acpi, "devices": self.machine.inventory(), "consoles": list(self.ports),
+                "saved": self.saving.written if self.saving else None,
                 "ttys": {name: port.sink.path for name, port in self.ports.items()}}
 
     def verb_stats(self, _connection, _request) -> dict:
@@ -211,6 +224,65 @@ class Domain(DeviceVerbs):
         if self.ending is None:
             self.end(Ending("destroyed", "destroyed", EXIT_DESTROYED))
 
+    def verb_save(self, connection, request) -> None:
+        """Answers when everything is written. See saving.py."""
+        number, path = request.get("id"), request.get("path")
+        if path is not None and not (isinstance(path, str) and path.startswith("/") and "\0" not in path):
+            raise BadRequest(f"'path' is {path!r}, not an absolute path")
+
+        def answer(error: KvmappError | None) -> None:
+            connection.on_close = (lambda: self.save_undone(None)) if error is None and path is None else None
+            connection.answer(number, error=error)
+
+        self.save(answer, path or "", -1 if path else connection.take_fd())
+        connection.on_close = None if path else lambda: self.save_undone(None)
+
+    def verb_save_end(self, connection, _request) -> dict:
+        """The file that was saved to has its name: the domain ends."""
+        if self.state != "saving" or self.saving:
+            raise WrongState(f"Domain '{self.config.name}' is {self.state}", "this needs a domain that was just saved")
+        connection.on_close = None
+        self.loop.call(lambda: self.end(Ending("saved", "saved", EXIT_SAVED)))
+        return {}
+
+    def save(self, done: "Callable[[KvmappError | None], None]", path: str = "", fd: int = -1) -> None:
+        """Stops the guest and starts to write it. `done` hears of the end, before the domain ends or goes on. Raises KvmappError."""
+        from kvmapp.saving import Saving  # a domain that is never saved goes without
+        try:
+            self.require("running", "paused")
+            self.machine.pause()
+            if self.machine.power.asked:
+                raise WrongState(f"Domain '{self.config.name}' has just powered off or reset", "look at its state, then try again")
+            self.saved_from = self.state, self.reason
+            self.saving = Saving(self.machine, self.loop, lambda error: self.save_over(error, done, path), path, fd)
+        except BaseException:
+            if fd >= 0:
+                os.close(fd)
+            if self.state == "running":
+                self.machine.resume()
+            raise
+        self.change("saving", "user")
+
+    def save_over(self, error: KvmappError | None, done: "Callable[[KvmappError | None], None]", path: str) -> None:
+        self.saving = None
+        done(error)
+        if error:
+            self.save_undone(error)
+        elif path:
+            self.end(Ending("saved", f"saved to {path}", EXIT_SAVED))
+
+    def save_undone(self, error: KvmappError | None) -> None:
+        """The guest goes on as if nothing had been."""
+        if self.state != "saving":
+            return
+        if self.saving:
+            self.saving.give_up()
+            self.saving = None
+        self.log(f"not saved: {error.message if error else 'whoever saved it went away'}")
+        if self.saved_from[0] == "running":
+            self.machine.resume()
+        self.change(*self.saved_from)
+
     def verb_setmem(self, _connection, request) -> dict:
         size = request.get("bytes")
         if not isinstance(size, int) or not 0 < size <= self.config.memory:
@@ -234,13 +306,15 @@ class Domain(DeviceVerbs):
 def run_domain(config, *, control, log_fd: int, files: dict[str, int], run_dir: str, drop=None, paused: bool = False) -> int:
     """A domain's whole life, in a process of its own; the exit status for os._exit.
 
-    `files` holds descriptors opened by the daemon ('interface:0', ...). `drop()` gives up privileges when everything is open.
+    `files` holds descriptors opened by the daemon ('interface:0', ...; 'restore' is a saved state to go on from). `drop()` gives up
+    privileges when everything is open.
     """
     set_log(log_fd)
     log = Log(log_fd)
     loop = Loop()
     try:
-        machine = Machine(config, files)
+        restored = "restore" in files
+        machine = restored_machine(config, files, log) if restored else Machine(config, files)
         domain = Domain(config, machine, loop, log)
         for name, backend, section in machine.characters:
             sink = Sink() if section.type == "stdio" else open_sink(section)        # there is no terminal here
@@ -248,7 +322,7 @@ def run_domain(config, *, control, log_fd: int, files: dict[str, int], run_dir: 
         domain.serve(control)
         if drop:
             drop()
-        domain.start(paused)
+        domain.start(paused, restored)
     except KvmappError as error:
         log(f"failed: {error.message}" + (f" (hint: {error.hint})" if error.hint else ""))
         write_ending(run_dir, config.name, Ending("failed", error.message, EXIT_ERROR), error.hint)
@@ -260,10 +334,22 @@ def run_domain(config, *, control, log_fd: int, files: dict[str, int], run_dir: 
     return domain.ending.exit
 
 
+def restored_machine(config, files: dict[str, int], log) -> Machine:
+    """The machine of a saved state, whose file lies open in `files`. Raises KvmappError."""
+    from kvmapp import snapshot, statefile
+    fd = files.pop("restore")
+    try:
+        saved = statefile.read(fd, config.name)
+        return snapshot.restore(saved, config, files, lambda text: log(f"warning: {text}"))
+    finally:
+        os.close(fd)
+
+
 def preload() -> None:
     """For the zygote: what a domain may come to need, so that its process imports nothing, least of all without privileges."""
 
-    import kvmapp.control  # noqa: F401
+    import kvmapp.control
+    import kvmapp.saving  # noqa: F401
 
     preload_devices()
 

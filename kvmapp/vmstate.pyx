@@ -3,16 +3,17 @@
 Documentation/virt/kvm/api.rst. A reset puts back what was saved right after creation; a snapshot uses the same dicts. An MSR that
 KVM lists and yet will not read or take is passed over (some hosts have such); anything else that it refuses is an error.
 """
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from kvmapp.abi.kvm cimport (KVM_GET_CLOCK, KVM_GET_DEBUGREGS, KVM_GET_IRQCHIP, KVM_GET_LAPIC, KVM_GET_MP_STATE, KVM_GET_MSR_INDEX_LIST,
-                             KVM_GET_MSRS, KVM_GET_PIT2, KVM_GET_REGS, KVM_GET_SREGS, KVM_GET_VCPU_EVENTS, KVM_GET_XCRS, KVM_GET_XSAVE,
+                             KVM_GET_MSRS, KVM_GET_PIT2, KVM_GET_REGS, KVM_GET_SREGS, KVM_GET_TSC_KHZ, KVM_GET_VCPU_EVENTS,
+                             KVM_GET_XCRS, KVM_GET_XSAVE,
                              KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_SET_CLOCK, KVM_SET_DEBUGREGS,
-                             KVM_SET_IRQCHIP, KVM_SET_LAPIC, KVM_SET_MP_STATE, KVM_SET_MSRS, KVM_SET_PIT2, KVM_SET_REGS, KVM_SET_SREGS,
-                             KVM_SET_VCPU_EVENTS, KVM_SET_XCRS, KVM_SET_XSAVE, kvm_clock_data, kvm_debugregs, kvm_irqchip,
-                             kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_pit_state2, kvm_regs, kvm_sregs,
+                             KVM_KVMCLOCK_CTRL, KVM_SET_IRQCHIP, KVM_SET_LAPIC, KVM_SET_MP_STATE, KVM_SET_MSRS, KVM_SET_PIT2,
+                             KVM_SET_REGS, KVM_SET_SREGS, KVM_SET_TSC_KHZ, KVM_SET_VCPU_EVENTS, KVM_SET_XCRS, KVM_SET_XSAVE,
+                             kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_pit_state2, kvm_regs, kvm_sregs,
                              kvm_vcpu_events, kvm_xcrs, kvm_xsave)
 from kvmapp.abi.posix cimport errno, ioctl
 
@@ -22,8 +23,10 @@ from kvmapp.errors import HostError
 from kvmapp.state import StateError, StateReader
 
 cdef enum:
+    MSR_IA32_TSC = 0x10
     MSR_IA32_TSC_DEADLINE = 0x6E0
     MSR_BATCH = 512
+    TSC_PPM = 500                                              # a rate that differs by less is the same clock, measured again
 
 VCPU_VERSION = 1
 VM_VERSION = 1
@@ -68,21 +71,44 @@ cpdef dict save_vcpu(int fd, list indexes):
     for name, get, _, size in BEFORE_MSRS + AFTER_MSRS:
         state[name] = get_block(fd, name, get, size)
     state["msrs"] = get_msrs(fd, indexes)
+    state["tsc_khz"] = tsc_khz(fd)
     return state
 
 
-cpdef int restore_vcpu(int fd, dict state) except -1:
-    """Puts a paused vCPU back. Raises StateError for a state that is not one, HostError where KVM refuses."""
+cpdef int restore_vcpu(int fd, dict state, uint64_t elapsed=0) except -1:
+    """Puts a paused vCPU back, its TSC as if `elapsed` ns had passed. Raises StateError for a state that is not one, HostError where
+    KVM refuses. 1: the TSC runs at another rate than it did, and this host cannot help it."""
     reader = StateReader("vcpu", state, VCPU_VERSION)
     blocks = {name: reader.data(name, size, size) for name, _, _, size in BEFORE_MSRS + AFTER_MSRS}
     msrs = reader.data("msrs", MSR_BATCH * 12)
+    cdef uint32_t khz = reader.uint("tsc_khz", 2**32 - 1)
     reader.done()
+    cdef bint drifts = set_tsc_khz(fd, khz) < 0
     for name, _, put, size in BEFORE_MSRS:
         set_block(fd, name, put, blocks[name])
-    set_msrs(fd, msrs)
+    set_msrs(fd, msrs, <object>elapsed * khz // 1000000 & 0xFFFF_FFFF_FFFF_FFFF)
     for name, _, put, size in AFTER_MSRS:
         set_block(fd, name, put, blocks[name])
+    return drifts
+
+
+cpdef int tell_stopped(int fd) except -1:
+    """Marks in the guest's kvmclock page that the guest stood still, so that its watchdogs do not take the gap for a hang."""
+    ioctl(fd, KVM_KVMCLOCK_CTRL, 0)                            # EINVAL: it uses no kvmclock
     return 0
+
+
+cpdef uint32_t tsc_khz(int fd):
+    """The rate of a vCPU's TSC; 0 where KVM does not tell."""
+    return max(0, ioctl(fd, KVM_GET_TSC_KHZ, 0))
+
+
+cdef int set_tsc_khz(int fd, uint32_t khz) except? -1:
+    """0 when the TSC runs at this rate (or none is known), -1 when this host cannot make it."""
+    cdef int64_t now = tsc_khz(fd)
+    if khz == 0 or now == 0 or abs(<int64_t>khz - now) * 1000000 <= TSC_PPM * now:
+        return 0
+    return 0 if ioctl(fd, KVM_SET_TSC_KHZ, <unsigned long>khz) == 0 else -1
 
 
 cpdef dict save_vm(int fd):
@@ -103,14 +129,14 @@ cpdef dict save_vm(int fd):
     return state
 
 
-cpdef int restore_vm(int fd, dict state) except -1:
-    """Puts irqchip, PIT and kvmclock back. Raises StateError or HostError."""
+cpdef int restore_vm(int fd, dict state, uint64_t elapsed=0) except -1:
+    """Puts irqchip, PIT and kvmclock back, the clock `elapsed` ns later. Raises StateError or HostError."""
     cdef kvm_clock_data clock
     reader = StateReader("vm", state, VM_VERSION)
     chips = [reader.data(name, sizeof(kvm_irqchip), sizeof(kvm_irqchip)) for name, _ in IRQCHIPS]
     pit = reader.data("pit", sizeof(kvm_pit_state2), sizeof(kvm_pit_state2))
     memset(&clock, 0, sizeof(clock))
-    clock.clock = reader.uint("clock", 2**64 - 1)
+    clock.clock = <uint64_t>reader.uint("clock", 2**63 - 1) + elapsed
     reader.done()
     for (name, number), chip in zip(IRQCHIPS, chips):
         if int.from_bytes(chip[:4], "little") != number:
@@ -162,8 +188,9 @@ cdef bytes get_msrs(int fd, list indexes):
         free(batch)
 
 
-cdef int set_msrs(int fd, bytes pairs) except -1:
-    """Sets them in order, the TSC deadline last (it is relative to the TSC); an MSR that KVM refuses is passed over."""
+cdef int set_msrs(int fd, bytes pairs, uint64_t ticks) except -1:
+    """Sets them in order, the TSC ahead by `ticks`, its deadline last (it is relative to the TSC); an MSR that KVM refuses is passed
+    over."""
     if len(pairs) % 12:
         raise StateError("vcpu: 'msrs' is not made of 12-byte pairs")
     cdef kvm_msrs* batch = <kvm_msrs*>calloc(1, sizeof(kvm_msrs) + MSR_BATCH * sizeof(kvm_msr_entry))
@@ -179,6 +206,8 @@ cdef int set_msrs(int fd, bytes pairs) except -1:
             for i, (index, value) in enumerate(left):
                 batch.entries[i].index = index
                 batch.entries[i].data = value
+                if index == MSR_IA32_TSC:
+                    batch.entries[i].data += ticks
             done = ioctl(fd, KVM_SET_MSRS, batch)
             if done < 0:
                 raise failed("KVM_SET_MSRS")

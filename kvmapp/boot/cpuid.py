@@ -45,6 +45,22 @@ V2_ALSO = {
     (6, EAX): 1 << 2,
     (0x4000_0001, EAX): 0x0100_00FB,
 }
+# Where features stand, and the bits there that we or KVM set without the host's having them.
+FEATURE_REGISTERS: dict[tuple[int, int], dict[int, int]] = {
+    (1, 0): {ECX: ECX_HYPERVISOR | ECX_OSXSAVE, EDX: EDX_HTT},
+    (7, 0): {EBX: 0, ECX: 1 << 4, EDX: 0},                       # OSPKE is the guest's own CR4.PKE
+    (7, 1): {EAX: 0, EBX: 0, ECX: 0, EDX: 0},
+    (0xD, 0): {EAX: 0, EDX: 0},
+    (0xD, 1): {EAX: 0},
+    (0x4000_0001, 0): {EAX: 0},
+    (0x8000_0001, 0): {ECX: ECX_CMP_LEGACY, EDX: 0},
+    (0x8000_0008, 0): {EBX: 0},
+    (0x8000_0021, 0): {EAX: 0},
+}
+NAMES = {(1, ECX, 1): "pclmulqdq", (1, ECX, 12): "fma", (1, ECX, 21): "x2apic", (1, ECX, 22): "movbe", (1, ECX, 24): "tsc_deadline_timer",
+         (1, ECX, 25): "aes", (1, ECX, 26): "xsave", (1, ECX, 28): "avx", (1, ECX, 29): "f16c", (1, ECX, 30): "rdrand",
+         (7, EBX, 3): "bmi1", (7, EBX, 5): "avx2", (7, EBX, 8): "bmi2", (7, EBX, 16): "avx512f", (7, EBX, 18): "rdseed",
+         (7, EBX, 29): "sha_ni", (7, ECX, 16): "la57", (0x8000_0001, EDX, 26): "pdpe1gb", (0x8000_0001, EDX, 27): "rdtscp"}
 V2_LEAVES = {0, 1, 6, 0x4000_0000, 0x4000_0001, *range(0x8000_0000, 0x8000_0005), 0x8000_0008}
 V2_WHOLE = {0, 0x4000_0000, 0x8000_0000, 0x8000_0008}            # leaves in which no feature stands
 V2_SIGNATURES = {False: 0x0001_06A3, True: 0x0060_0F12}          # by AMD?: the first CPUs of this level (Nehalem, Bulldozer)
@@ -101,6 +117,25 @@ def missing_features(supported: list[Entry]) -> list[str]:
     leaves = {entry[0]: entry for entry in reversed(supported)}
     return [name for (function, register), bits in V2_DEMANDS.items() for bit, name in bits.items()
             if not leaves.get(function, (0,) * 7)[register] >> bit & 1]
+
+
+def lacking_features(shown: list[Entry], supported: list[Entry], *, tsc_deadline: bool = False) -> list[str]:
+    """The features that a CPU with the entries `shown` has and this host cannot give: a guest that saw them may not run here."""
+    mine = {entry[:2]: entry for entry in supported}
+    lacking = []
+    for entry in shown:
+        host = mine.get(entry[:2], (0,) * 7)
+        for register, ours in FEATURE_REGISTERS.get(entry[:2], {}).items():
+            ours |= ECX_TSC_DEADLINE if tsc_deadline and (entry[0], register) == (1, ECX) else 0
+            bits = entry[register] & ~host[register] & ~ours
+            lacking += [feature_name(entry[0], register, bit) for bit in range(32) if bits >> bit & 1]
+    return lacking
+
+
+def feature_name(function: int, register: int, bit: int) -> str:
+    """As /proc/cpuinfo has it where we know it, else the place."""
+    known = V2_DEMANDS.get((function, register), {}).get(bit) or NAMES.get((function, register, bit))
+    return known or f"CPUID {function:#x} {('eax', 'ebx', 'ecx', 'edx')[register - EAX]} bit {bit}"
 
 
 class _Rewrite:

@@ -22,15 +22,16 @@ FLOORS = {
     "hw": {"abi", "memory", "devices", "iothread", "chardev"},
     "virtio": {"abi", "memory", "devices", "iothread", "chardev", "hw", "block", "net"},
     "boot": {"abi", "memory"},
-    "snapshot": {"abi", "memory", "devices", "core"},
-    "machine": {"abi", "memory", "devices", "core", "iothread", "chardev", "hw", "virtio", "block", "net", "boot", "snapshot"},
+    "machine": {"abi", "memory", "devices", "core", "iothread", "chardev", "hw", "virtio", "block", "net", "boot"},
+    "snapshot": {"machine"},
+    "saving": {"loop", "machine", "snapshot"},
     "loop": set(),
     "control": {"loop"},
     "console": {"loop", "chardev"},
     "terminal": set(),
     "vmdevices": {"machine"},
-    "vmprocess": {"devices", "control", "console", "loop", "machine", "vmdevices", "snapshot"},
-    "foreground": {"console", "loop", "terminal", "machine", "vmprocess"},
+    "vmprocess": {"devices", "control", "console", "loop", "machine", "vmdevices", "snapshot", "saving"},
+    "foreground": {"console", "loop", "terminal", "machine", "snapshot", "vmprocess"},
     "zygote": {"vmprocess"},
     "daemon": set(),
     "manual": {"daemon"},
@@ -38,7 +39,7 @@ FLOORS = {
 }
 # Rooms that everybody may use; they look into no other.
 SHARED = {"errors", "state", "schema", "layout", "config", "client", "check", "values", "settings", "ini", "initree",
-          "options", "samples", "hostinfo", "install", "hostconfig", "probe", "__init__", "__main__"}
+          "options", "samples", "hostinfo", "install", "hostconfig", "probe", "statefile", "__init__", "__main__"}
 IMPORT = re.compile(r"^\s*(?:from\s+(kvmapp(?:\.\w+)*)\s+c?import\s+([\w, ()]+)|c?import\s+(kvmapp(?:\.\w+)+))", re.MULTILINE)
 
 

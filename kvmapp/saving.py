@@ -1,0 +1,85 @@
+"""The saving of a domain that runs: it stands still, a thread writes it to a file, and it ends - or goes on, when the file failed.
+
+    to a path    `kvmapp run --save FILE`, or {"verb": "save", "path": ...}: the file is published here, and the domain ends
+    to an fd     {"verb": "save"} with a descriptor (SCM_RIGHTS): the answer says that all is written; then the client gives the file
+                 its name and says {"verb": "save-end"}. A client that goes away before has saved nothing, and the guest goes on.
+
+The control thread stays free: queries are answered, and destroy gives the saving up.
+"""
+from __future__ import annotations
+
+import os
+import threading
+
+from kvmapp import snapshot, statefile
+from kvmapp.errors import KvmappError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmapp.loop import Loop
+    from kvmapp.machine import Machine
+
+
+class SaveGivenUp(KvmappError):
+    """The domain was destroyed, or whoever wanted it saved went away."""
+    code = "save-given-up"
+
+
+class Saving:
+    """One attempt. `done(error or None)` is called in the control thread when everything is written and synced, or nothing is."""
+
+    def __init__(self, machine: Machine, loop: Loop, done: Callable[[KvmappError | None], None], path: str = "", fd: int = -1):
+        """Takes the machine's state at once (it is paused), so that only memory is read in the thread. Raises KvmappError."""
+        self.machine, self.loop, self.done, self.path = machine, loop, done, path
+        self.written = 0                # bytes of memory, for queries
+        self.given_up = False
+        self.draft = statefile.Draft(path) if path else None
+        self.fd = self.draft.fd if self.draft else fd
+        try:
+            self.config, self.state = snapshot.describe(machine)
+        except BaseException:
+            self.close()
+            raise
+        self.thread = threading.Thread(target=self.run, name="save", daemon=True)
+        self.thread.start()
+
+    def give_up(self) -> None:
+        """Returns when nothing is written any more; `done` is not called after it."""
+        self.given_up = True
+        self.thread.join()
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; a path that was not published leaves nothing behind. A second call does nothing."""
+        if self.draft:
+            self.draft.close()
+        elif self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
+
+    # In the thread.
+
+    def run(self) -> None:
+        error: KvmappError | None = None
+        try:
+            statefile.write(self.fd, self.config, self.state, self.machine.memory, self.progress)
+            if self.draft:
+                self.draft.publish()
+        except KvmappError as failure:
+            error = failure
+        self.loop.call(lambda: self.finish(error))
+
+    def progress(self, done: int) -> None:
+        self.written = done
+        if self.given_up:
+            raise SaveGivenUp("The saving was given up")
+
+    # In the control thread again.
+
+    def finish(self, error: KvmappError | None) -> None:
+        if not self.given_up:
+            self.thread.join()
+            self.close()
+            self.done(error)

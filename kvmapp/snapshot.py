@@ -1,0 +1,160 @@
+"""A whole machine into a file and out of it again: its state tree, its configuration and its memory (statefile.py has the format).
+
+    write(machine, fd)                      # the machine is paused and stays so
+    machine = restore(saved)                # saved = statefile.read(fd, name); paused, ready for `resume`
+
+A restored machine's memory is the file, mapped privately: the guest runs before its memory is read, and the file must keep its
+contents for as long as the guest lives (a file that is removed or replaced by rename does). The guest's clocks go on as if it
+had stood still and time had not: TSC and kvmclock are set ahead by the time that went by.
+Leaves out: disks (their contents must be those of the moment of saving), and states of several formats.
+"""
+from __future__ import annotations
+
+import os
+import time
+
+from kvmapp import __version__, statefile
+from kvmapp.config import DomainConfig
+from kvmapp.errors import KvmappError, StateError
+from kvmapp.machine import Machine
+from kvmapp.state import StateReader
+from kvmapp.statefile import STRETCHES_MOST, SavedState
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+VERSION = 1
+YEARS = 100 * 365 * 86400 * 10**9                   # more time than this has not gone by, ns
+CPUID_ENTRIES_MOST = 256
+# What of a configuration is the host's side and may be another one at the restore. Everything else the guest has seen.
+HOST_SIDE: dict[str, set[str]] = {
+    "": {"name", "uuid", "title", "description", "current_memory", "cpu", "on_poweroff", "on_reboot", "on_crash", "autostart_order",
+         "autostart_delay"},
+    "boot": {"kernel", "initrd", "cmdline"},
+    "disk": {"source", "cache", "io"},
+    "interface": {"type", "source", "target", "forwards", "link"},
+    "serial": {"type", "path", "log"},
+    "console": {"type", "path", "log"},
+    "graphics": {"listen"},
+}
+
+
+def describe(machine: Machine) -> tuple[dict, dict]:
+    """(configuration, state) of a paused machine, as statefile.write takes them. Raises HostError."""
+    return machine.config.to_dict(), {"version": VERSION, "kvmapp": __version__, "time": time.time_ns(),
+                                      "machine": machine.save_state()}
+
+
+def write(machine: Machine, fd: int, progress: Callable[[int], None] = lambda done: None) -> int:
+    """The whole machine into an open, empty file, synced; the file's size. Raises HostError."""
+    config, state = describe(machine)
+    return statefile.write(fd, config, state, machine.memory, progress)
+
+
+def restore(saved: SavedState, config: DomainConfig | None = None, files: dict[str, int] | None = None,
+            warn: Callable[[str], None] = lambda text: None) -> Machine:
+    """A paused machine that goes on where the saved one stopped, `config` in the place of its own configuration.
+
+    Raises KvmappError: the file is not usable, or the host or the configuration is another.
+    """
+    reader = StateReader("file", saved.state, VERSION)
+    reader.take("kvmapp", str)
+    when = reader.uint("time", 2**63 - 1)
+    state = reader.take("machine", dict)
+    reader.done()
+    original = configuration(saved)
+    if config is not None:
+        compare(saved.name, original, config)
+    machine = Machine(config or original, files, cpuids(state, original.vcpus))
+    try:
+        load_memory(machine, saved)
+        elapsed = min(max(0, time.time_ns() - when), YEARS)
+        if not machine.restore_state(state, elapsed):
+            warn("this host's TSC runs at another rate than the one where the guest was saved: a guest that keeps time by it, "
+                 "not by kvmclock, will be wrong")
+    except BaseException:
+        machine.close()
+        raise
+    return machine
+
+
+def configuration(saved: SavedState) -> DomainConfig:
+    """The one in the file, checked as strictly as a domain file. Raises StateError."""
+    try:
+        return DomainConfig.from_dict(saved.config)
+    except KvmappError as error:
+        raise StateError(f"Saved state '{saved.name}': its configuration is not usable: {error}",
+                         "it may come from a newer kvmapp") from None
+
+
+def compare(name: str, saved: DomainConfig, wanted: DomainConfig) -> None:
+    """Whether the guest would find itself in the machine that it knows. Raises StateError."""
+    there, here = guest_side(saved.to_dict()), guest_side(wanted.to_dict())
+    for key in sorted(there.keys() | here.keys()):
+        if there.get(key) != here.get(key):
+            raise StateError(f"Saved state '{name}' does not fit domain '{wanted.name}': {key} was {shown(there.get(key))}, "
+                             f"is {shown(here.get(key))}", "restore it with the configuration it was saved with, or without one")
+
+
+def guest_side(config: dict) -> dict[str, object]:
+    """{'memory': 1073741824, 'disk vda serial': None, 'rng': 'there', ...}: what the guest can see of a configuration."""
+    attributes = {part.attribute: part for part in DomainConfig.file.sections.values()}
+    found: dict[str, object] = {}
+    for key, value in config.items():
+        section = attributes.get(key)
+        if section is None:
+            found[key] = value if key not in HOST_SIDE[""] else None
+            continue
+        for one in value if isinstance(value, list) else [value] if value is not None else []:
+            heading = f"{section.kind} {one[section.word.key]}" if section.word else section.kind
+            found[heading] = "there"
+            found |= {f"{heading} {name}": setting for name, setting in one.items() if name not in HOST_SIDE.get(section.kind, ())}
+    return found
+
+
+def shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "not there" if value is None else str(value)
+
+
+def cpuids(state: dict, vcpus: int) -> list[list[tuple]]:
+    """The CPUID entries of each vCPU. Raises StateError."""
+    told = state.get("cpuids")
+    if not isinstance(told, list) or len(told) != vcpus or not all(isinstance(one, list) and one for one in told):
+        raise StateError(f"The saved machine does not tell the CPUID entries of {vcpus} vCPUs")
+    return [[cpuid_entry(entry) for entry in one[:CPUID_ENTRIES_MOST]] for one in told]
+
+
+def cpuid_entry(entry: object) -> tuple:
+    if (not isinstance(entry, list) or len(entry) != 7 or
+            not all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 32 for value in entry)):
+        raise StateError("The saved machine's CPUID entries are malformed")
+    return tuple(entry)
+
+
+def load_memory(machine: Machine, saved: SavedState) -> None:
+    """Maps the file's memory into the guest's. Raises StateError, HostError."""
+    memory = machine.memory
+    stretches = saved.stretches()
+    for gpa, length, _ in stretches:
+        if not any(start <= gpa and gpa + length <= start + size for start, size in memory.ranges):
+            raise StateError(f"Saved state '{saved.name}': it has memory at {gpa:#x} (+{length:#x}), which the guest has not")
+    for number, (gpa, length, offset) in enumerate(stretches):
+        if number < STRETCHES_MOST:
+            memory.map_file(saved.fd, gpa, length, offset)
+        else:                                       # more mappings than the kernel may allow
+            read_into(saved, memory.view(gpa, length), offset)
+
+
+def read_into(saved: SavedState, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        try:
+            count = os.preadv(saved.fd, [view[done:]], offset + done)
+        except OSError as error:
+            raise StateError(f"Saved state '{saved.name}': cannot read it: {error.strerror}") from None
+        if count == 0:
+            raise StateError(f"Saved state '{saved.name}': it is cut short", statefile.COPY_AGAIN)
+        done += count

@@ -1,0 +1,301 @@
+"""Whole machines saved and restored, with the probe guest: `kvmapp run --save` and `--restore`, the control socket, bad files."""
+import gzip
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvmapp import snapshot, statefile
+from kvmapp.config import config_from_options
+from kvmapp.errors import HostError, KvmappError, StateError
+from kvmapp.probe import IMAGE
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = [sys.executable, "-m", "kvmapp", "run"]
+GOLDEN = sorted((ROOT / "tests/kvm/golden").glob("*.save.gz"))
+HARDWARE = ["--memory", "16MiB", "--vcpus", "2", "--debug-console", "--debug-exit", "--rng", "--no-reboot"]
+COUNTER = ["--kernel", str(IMAGE), "--append", "steps=none mode=counter period=20", *HARDWARE]
+ROUNDS = 20
+
+pytestmark = pytest.mark.kvm
+
+
+class Guest:
+    """A foreground guest that counts on its serial port; `counts` is what was seen so far."""
+
+    def __init__(self, *words):
+        self.process = subprocess.Popen([*RUN, *map(str, words)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, bufsize=0)
+        self.counts: list[int] = []
+        self.heard = b""
+
+    def count(self, many: int):
+        """Waits until it has printed so many more."""
+        wanted = len(self.counts) + many
+        while len(self.counts) < wanted:
+            part = os.read(self.process.stdout.fileno(), 65536)
+            assert part, self.log()
+            self.hear(part)
+
+    def hear(self, part: bytes):
+        *lines, self.heard = (self.heard + part).split(b"\n")
+        self.counts += [int(re.fullmatch(rb"count (\d+)\s*", line)[1]) for line in lines]
+
+    def log(self) -> str:
+        """What it says until its end, on its serial port into `counts` and in its log."""
+        rest, log = self.process.communicate(timeout=60)
+        self.hear(rest)
+        return log.decode()
+
+    def save(self) -> str:
+        """SIGUSR1, and all that it said until its end."""
+        self.process.send_signal(signal.SIGUSR1)
+        return self.log()
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def guest():
+    started = []
+
+    def start(*words):
+        started.append(Guest(*words))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
+
+
+@pytest.fixture(scope="module")
+def counter(tmp_path_factory):
+    """The saved state of a guest that counts."""
+    path = tmp_path_factory.mktemp("saved") / "counter.save"
+    running = Guest(*COUNTER, "--save", path)
+    running.count(3)
+    log = running.save()
+    assert running.process.returncode == 6, log
+    return path
+
+
+def test_a_counter_goes_on_twenty_times(guest, tmp_path):
+    path = tmp_path / "counter.save"
+    one = guest(*COUNTER, "--save", path)
+    one.count(2)
+    seen = one.counts
+    for _ in range(ROUNDS):
+        log = one.save()
+        assert one.process.returncode == 6, log
+        assert f"shut off: saved to {path}" in log
+        one = guest("--restore", path, "--save", path)
+        one.count(2)
+        seen += one.counts
+    assert seen == list(range(1, len(seen) + 1))
+    assert os.listdir(tmp_path) == ["counter.save"]
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_restored_guest_can_be_reset(guest, counter, tmp_path):
+    """Its memory is the file's no more, and the kernel is read again."""
+    config = config_from_options(pairs(COUNTER))
+    with open(counter, "rb") as file:
+        machine = snapshot.restore(statefile.read(file.fileno(), "counter"), config)
+    machine.reset()
+    machine.boot()
+    machine.close()
+
+
+def pairs(words):
+    from kvmapp.options import part_arguments, run_options
+    return part_arguments(words, {flag: bool(option.metavar) for flag, option in run_options().items()})[0]
+
+
+def test_saving_fails_and_the_guest_goes_on(guest, tmp_path):
+    path = tmp_path / "counter.save"
+    one = guest(*COUNTER, "--save", path)
+    one.count(2)
+    resource.prlimit(one.process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    one.process.send_signal(signal.SIGUSR1)
+    one.count(10)
+    assert one.counts == list(range(1, 13))
+    assert os.listdir(tmp_path) == []
+    one.process.send_signal(signal.SIGQUIT)
+    assert "not saved: Cannot write the saved state: File too large" in one.log()
+
+
+def test_a_folder_that_is_not_there_costs_a_line_only(guest):
+    one = guest(*COUNTER, "--save", "/no/such/folder/x")
+    one.count(1)
+    one.process.send_signal(signal.SIGUSR1)
+    one.count(5)
+    one.process.send_signal(signal.SIGQUIT)
+    assert "not saved: Cannot save to '/no/such/folder/x': No such file" in one.log()
+
+
+@pytest.mark.parametrize(("change", "error"), [
+    (["--memory", "32MiB"], "memory was 16777216, is 33554432"),
+    (["--vcpus", "1"], "vcpus was 2, is 1"),
+    (["--disk", str(IMAGE)], "disk vda was not there, is there"),
+])
+def test_another_configuration_is_refused(counter, change, error):
+    done = subprocess.run([*RUN, "--restore", counter, *COUNTER, *change], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert error in done.stderr
+    assert "hint: restore it with the configuration it was saved with" in done.stderr
+
+
+def test_a_disk_that_is_missing_is_named(guest, tmp_path):
+    disk = tmp_path / "a.img"
+    disk.write_bytes(bytes(1 << 20))
+    one = guest(*COUNTER, "--disk", disk, "--save", tmp_path / "a.save")
+    one.count(1)
+    one.save()
+    disk.unlink()
+    done = subprocess.run([*RUN, "--restore", tmp_path / "a.save"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert f"Cannot open disk 'vda' ({disk}): No such file" in done.stderr
+
+
+def test_a_cpu_that_lacks_what_the_guest_uses(counter):
+    with open(counter, "rb") as file:
+        saved = statefile.read(file.fileno(), "counter")
+    leaf = next(entry for entry in saved.state["machine"]["cpuids"][0] if entry[0] == 0x8000_0001)
+    leaf[5] |= 1 << 31                              # ECX: no CPU has it
+    with pytest.raises(HostError, match="CPUID 0x80000001 ecx bit 31") as refused, open(counter, "rb") as file:
+        saved.fd = file.fileno()
+        snapshot.restore(saved)
+    assert "cpu = baseline" in refused.value.hint
+
+
+@pytest.mark.parametrize(("damage", "error"), [
+    (lambda data: data[:-1], "its header says"),
+    (lambda data: data[:3000], "cut short"),
+    (lambda data: b"", "not written to its end"),
+    (lambda data: b"#!/bin/sh\n", "no saved machine"),
+])
+def test_broken_files_are_refused_by_name(counter, tmp_path, damage, error):
+    path = tmp_path / "broken.save"
+    path.write_bytes(damage(counter.read_bytes()))
+    done = subprocess.run([*RUN, "--restore", path], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert error in done.stderr
+    assert str(path) in done.stderr
+    assert "hint:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def leaves(tree, path=()):
+    """Paths to everything in a state tree that is not a table itself."""
+    if isinstance(tree, dict):
+        return [leaf for key, value in tree.items() for leaf in leaves(value, (*path, key))]
+    if isinstance(tree, list):
+        return [leaf for index, value in enumerate(tree) for leaf in leaves(value, (*path, index))]
+    return [path]
+
+
+VALUES = st.one_of(st.none(), st.booleans(), st.integers(-2**70, 2**70), st.text(max_size=3), st.binary(max_size=5000), st.just([]),
+                   st.just({}))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_hostile_state_is_an_error_or_a_machine_never_a_crash(counter, choice):
+    """Checksums are right, values are not: bytes of every chip and register are turned, exchanged for others, or left out."""
+    with open(counter, "rb") as file:
+        saved = statefile.read(file.fileno(), "counter")
+        paths = leaves(saved.state)
+        for path in choice.draw(st.lists(st.sampled_from(paths), min_size=1, max_size=4, unique=True)):
+            inner = saved.state
+            for key in path[:-1]:
+                inner = inner[key]
+            value = inner[path[-1]]
+            if isinstance(value, bytes) and value and choice.draw(st.booleans()):
+                turned = bytearray(value)
+                turned[choice.draw(st.integers(0, len(value) - 1))] ^= choice.draw(st.integers(1, 255))
+                inner[path[-1]] = bytes(turned)
+            else:
+                inner[path[-1]] = choice.draw(VALUES)
+        try:
+            machine = snapshot.restore(saved)
+        except KvmappError as error:
+            assert str(error)
+        else:
+            machine.resume()                        # whatever the guest does with such registers is its own affair
+            machine.close()
+
+
+def test_memory_that_the_guest_has_not_is_refused(counter):
+    with open(counter, "rb") as file:
+        saved = statefile.read(file.fileno(), "counter")
+        saved.runs.append((1 << 40, 4096, 0))
+        with pytest.raises(StateError, match="which the guest has not"):
+            snapshot.restore(saved)
+
+
+def test_the_saved_tree_is_the_restored_tree(counter):
+    """Nothing is lost on the way but time."""
+    with open(counter, "rb") as file:
+        saved = statefile.read(file.fileno(), "counter")
+        machine = snapshot.restore(saved)
+    again = machine.save_state()
+    machine.close()
+    before = saved.state["machine"]
+    assert again["devices"] == before["devices"]
+    for there, here in zip(before["kvm"]["vcpus"], again["kvm"]["vcpus"], strict=True):
+        for key in ("regs", "sregs", "xsave", "xcrs", "debugregs", "mp_state"):
+            assert there[key] == here[key], key
+
+
+def test_the_clock_went_on(counter):
+    """kvmclock stands where it would if the guest had never stopped."""
+    with open(counter, "rb") as file:
+        saved = statefile.read(file.fileno(), "counter")
+        saved.state["time"] -= 3600 * 10**9
+        machine = snapshot.restore(saved)
+    clock = machine.save_state()["kvm"]["chips"]["clock"]
+    machine.close()
+    passed = clock - saved.state["machine"]["kvm"]["chips"]["clock"]
+    assert 3600 * 10**9 <= passed <= time.time_ns() - saved.state["time"]
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
+def test_golden_files_of_every_version_are_restored(guest, tmp_path, path):
+    """See tests/kvm/golden/README.md."""
+    saved, disk = tmp_path / "golden.save", tmp_path / "disk.img"
+    saved.write_bytes(gzip.decompress(path.read_bytes()))
+    disk.write_bytes(bytes(1 << 20))
+    with open(saved, "rb") as file:
+        last = statefile.read(file.fileno(), path.name)
+        last.verify()
+    one = guest("--restore", saved, *golden_words(disk))
+    one.count(3)
+    assert one.counts == list(range(one.counts[0], one.counts[0] + 3))
+    assert one.counts[0] > 1
+
+
+def golden_words(disk):
+    return [*COUNTER, "--disk", disk, "--net", "user,mac=52:54:00:00:00:01"]
+
+
+def test_there_is_a_golden_file():
+    assert GOLDEN
+
+
+def test_hosts_side_settings_are_those_of_the_table():
+    from kvmapp.schema import DOMAIN
+    for kind, keys in snapshot.HOST_SIDE.items():
+        section = DOMAIN.sections[kind] if kind else DOMAIN.top
+        assert keys <= section.settings.keys(), kind
+
