@@ -13,7 +13,8 @@ from kvmapp.abi.kvm cimport (KVM_GET_CLOCK, KVM_GET_DEBUGREGS, KVM_GET_IRQCHIP, 
                              KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_SET_CLOCK, KVM_SET_DEBUGREGS,
                              KVM_KVMCLOCK_CTRL, KVM_SET_IRQCHIP, KVM_SET_LAPIC, KVM_SET_MP_STATE, KVM_SET_MSRS, KVM_SET_PIT2,
                              KVM_SET_REGS, KVM_SET_SREGS, KVM_SET_TSC_KHZ, KVM_SET_VCPU_EVENTS, KVM_SET_XCRS, KVM_SET_XSAVE,
-                             kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_msr_list, kvm_msrs, kvm_pit_state2, kvm_regs, kvm_sregs,
+                             kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_msr_list,
+                             kvm_msrs, kvm_pit_state2, kvm_regs, kvm_sregs,
                              kvm_vcpu_events, kvm_xcrs, kvm_xsave)
 from kvmapp.abi.posix cimport errno, ioctl
 
