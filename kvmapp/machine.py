@@ -49,6 +49,7 @@ from kvmapp.layout import (
 from kvmapp.memory import GuestMemory
 from kvmapp.state import StateError, StateReader
 from kvmapp.virtio.pci import VirtioPci
+from kvmapp.virtio.transitional import virtio_card
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -332,7 +333,7 @@ class Machine:
 
     def _plug(self, device, thread: IoThread) -> None:
         """Puts a virtio device on a card in the next PCI slot; `thread` does its I/O."""
-        card = VirtioPci(device, self.vm.interrupts)
+        card = virtio_card(device, self.vm.interrupts, self.config.virtio)
         self.devices.append(card)
         self.cards[device.name] = card
         self.pci.attach(len(self.cards), card)

@@ -131,7 +131,7 @@ cdef class PciHost(Device):
             pthread_mutex_lock(&self.lock)
             value = self.config_read(0, slot * FUNCTIONS + number, offset, size)
             pthread_mutex_unlock(&self.lock)
-        return value & ((1 << 8 * size) - 1)
+        return value & ((<uint64_t>1 << 8 * size) - 1)
 
     def poke(self, uint32_t slot, uint32_t number, uint32_t offset, uint32_t size, uint64_t value):
         """A store to a function's configuration space."""

@@ -4,6 +4,7 @@ from kvmapp.abi.posix cimport iovec
 
 cdef enum:
     NET_HEADER = 12                  # bytes of virtio_net_hdr_v1 before each frame
+    LEGACY_HEADER = 10               # ... without num_buffers, before VIRTIO 1.0
     LARGEST_FRAME = 65535 + 18       # a GSO frame with its Ethernet and VLAN headers
 
 
@@ -16,6 +17,7 @@ cdef class NetBackend:
     cdef ssize_t send(self, const iovec* vector, int count) noexcept nogil
     cdef ssize_t receive(self, const iovec* vector, int count) noexcept nogil
     cdef int set_offloads(self, uint32_t flags) noexcept nogil
+    cdef int set_header(self, uint32_t length) noexcept nogil
 
 
 cdef class FrameDescriptor(NetBackend):

@@ -1,4 +1,5 @@
-"""What a network card's host side is: frames out and in, each behind a virtio_net_hdr_v1 (VIRTIO 1.2, 5.1.6) of NET_HEADER bytes.
+"""What a network card's host side is: frames out and in, each behind a virtio_net_hdr_v1 (VIRTIO 1.2, 5.1.6) of NET_HEADER bytes,
+or behind a legacy driver's of LEGACY_HEADER bytes.
 
 `fd` is readable when `receive` has a frame. Calls come from one I/O thread at a time.
 """
@@ -29,6 +30,10 @@ cdef class NetBackend:
 
     cdef int set_offloads(self, uint32_t flags) noexcept nogil:
         """What `receive` may leave to the guest, as TUN_F_... flags; 0 or -errno."""
+        return 0
+
+    cdef int set_header(self, uint32_t length) noexcept nogil:
+        """How long the header before each frame is from now on; 0 or -errno. Here the other end has to know by itself."""
         return 0
 
 

@@ -66,9 +66,8 @@ cdef class Tap(FrameDescriptor):
 
     cdef int configure(self) except -1:
         """Long headers, and which offloads this kernel takes."""
-        cdef int header = NET_HEADER
         cdef uint32_t flags = TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6 | TUN_F_TSO_ECN
-        if ioctl(self.fd, TUNSETVNETHDRSZ, &header) < 0:
+        if self.set_header(NET_HEADER) < 0:
             raise HostError(f"Cannot use tap '{self.name}': TUNSETVNETHDRSZ: {os.strerror(errno)}")
         self.has_offloads = ioctl(self.fd, TUNSETOFFLOAD, <unsigned long>flags) == 0
         self.has_ufo = self.has_offloads and ioctl(self.fd, TUNSETOFFLOAD, <unsigned long>(flags | TUN_F_UFO)) == 0
@@ -77,3 +76,7 @@ cdef class Tap(FrameDescriptor):
 
     cdef int set_offloads(self, uint32_t flags) noexcept nogil:
         return 0 if ioctl(self.fd, TUNSETOFFLOAD, <unsigned long>flags) == 0 else -errno
+
+    cdef int set_header(self, uint32_t length) noexcept nogil:
+        cdef int header = length
+        return 0 if ioctl(self.fd, TUNSETVNETHDRSZ, &header) == 0 else -errno

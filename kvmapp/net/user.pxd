@@ -1,4 +1,4 @@
-from libc.stdint cimport uint8_t
+from libc.stdint cimport uint8_t, uint32_t
 
 from kvmapp.abi.posix cimport pollfd
 from kvmapp.abi.slirp cimport Slirp
@@ -10,6 +10,7 @@ cdef class UserNet(FrameDescriptor):
     cdef int inner
     cdef int stop
     cdef bint congested
+    cdef uint32_t header             # bytes before each frame, atomic
     cdef pollfd* polls
     cdef int poll_count
     cdef int poll_room

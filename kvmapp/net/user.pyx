@@ -10,8 +10,8 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 
-from kvmapp.abi.posix cimport (EFD_CLOEXEC, EFD_NONBLOCK, EINTR, POLLERR, POLLHUP, POLLIN, POLLOUT, SIG_BLOCK, close, errno, eventfd,
-                               iovec, poll, pollfd, pthread_self, pthread_setname_np, pthread_sigmask, read, sigfillset, sigset_t,
+from kvmapp.abi.posix cimport (EFD_CLOEXEC, EFD_NONBLOCK, EINTR, POLLERR, POLLHUP, POLLIN, POLLOUT, SIG_BLOCK, atomic_load_u32,
+                               atomic_store_u32, close, errno, eventfd, iovec, poll, pollfd, pthread_self, pthread_setname_np, pthread_sigmask, read, sigfillset, sigset_t,
                                write, writev)
 from kvmapp.abi.slirp cimport (SLIRP_POLL_ERR, SLIRP_POLL_HUP, SLIRP_POLL_IN, SLIRP_POLL_OUT, SLIRP_POLL_PRI, SlirpCb,
                                SlirpConfig, SlirpTimerCb, in_addr, inet_aton, slirp_add_hostfwd, slirp_cleanup, slirp_input,
@@ -44,6 +44,7 @@ cdef class UserNet(FrameDescriptor):
 
     def __cinit__(self, *, list forwards=None):
         self.inner = self.stop = -1
+        self.header = NET_HEADER
         card, inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
         for end in (card, inner):
             end.setblocking(False)
@@ -129,16 +130,22 @@ cdef class UserNet(FrameDescriptor):
             slirp_pollfds_poll(self.slirp, done < 0 and errno != EINTR, get_revents, <void*>self)
             more = self.take_frames()
 
+    cdef int set_header(self, uint32_t length) noexcept nogil:
+        atomic_store_u32(&self.header, length)
+        return 0
+
     cdef bint take_frames(self) noexcept nogil:
         """The guest's frames to libslirp; whether there may be more."""
         cdef ssize_t length
+        cdef uint32_t header
         cdef int number
         for number in range(BATCH):
             length = read(self.inner, self.frame, sizeof(self.frame))
             if length < 0:
                 return False
-            if length > NET_HEADER and not is_for_loopback(self.frame + NET_HEADER, length - NET_HEADER):
-                slirp_input(self.slirp, self.frame + NET_HEADER, <int>(length - NET_HEADER))
+            header = atomic_load_u32(&self.header)
+            if length > header and not is_for_loopback(self.frame + header, length - header):
+                slirp_input(self.slirp, self.frame + header, <int>(length - header))
         return True
 
     cdef int watch(self, int fd, short events) noexcept nogil:
@@ -160,7 +167,7 @@ cdef class UserNet(FrameDescriptor):
         cdef iovec vector[2]
         cdef pollfd room
         cdef ssize_t done
-        vector[0].iov_base, vector[0].iov_len = EMPTY_HEADER, NET_HEADER
+        vector[0].iov_base, vector[0].iov_len = EMPTY_HEADER, atomic_load_u32(&self.header)
         vector[1].iov_base, vector[1].iov_len = <void*>data, length
         done = writev(self.inner, vector, 2)
         if done < 0 and not self.congested:

@@ -30,6 +30,7 @@ cdef class VirtioDevice(Device):
     # what the driver set
     cdef readonly uint64_t wanted    # feature bits as written
     cdef readonly uint64_t features  # ... as agreed at FEATURES_OK, else 0
+    cdef readonly bint legacy        # a driver of 0.9.5 has begun: no FEATURES_OK, and queues run before DRIVER_OK
     cdef uint32_t state              # the status register, atomic: bits are only added until a reset
     cdef uint32_t generation         # of the config space, atomic
 
@@ -59,6 +60,9 @@ cdef class VirtioDevice(Device):
     # for transports
     cdef uint32_t status_register(self) noexcept nogil
     cdef void set_status(self, uint32_t value) noexcept nogil
+    cdef void set_legacy_status(self, uint32_t value) noexcept nogil
+    cdef void begin_legacy(self) noexcept nogil
+    cdef uint64_t legacy_offered(self) noexcept nogil
     cdef void want(self, uint32_t word, uint32_t bits) noexcept nogil
     cdef void hold(self, bint held) noexcept nogil
     cdef uint64_t load_config(self, uint32_t offset, uint32_t size) noexcept nogil
@@ -69,6 +73,8 @@ cdef class VirtioDevice(Device):
     # within
     cdef void serve(self, Virtqueue queue) noexcept nogil
     cdef bint agree(self) noexcept nogil
+    cdef bint agree_legacy(self) noexcept nogil
+    cdef bint is_begun(self) noexcept nogil
     cdef void start(self, Virtqueue queue) noexcept nogil
     cdef void stop(self, Virtqueue queue) noexcept nogil
     cdef void clear(self) noexcept nogil

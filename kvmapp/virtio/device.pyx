@@ -15,7 +15,9 @@ A concrete device overrides hooks (`kicked` at least) and is given to a transpor
 Locks, outermost first: the transport's lock (taken by Bus) → Device.lock (features, status, config space) → Virtqueue.lock (one
 queue's work) → the transport's interrupt state. Queue work runs in I/O threads, one queue at a time under that queue's lock;
 it must never take Device.lock, because a vCPU that resets the device waits (`drain`) with Device.lock held.
-Made paused: `resume` starts it. Left out: packed rings, shared memory regions.
+Made paused: `resume` starts it. Drivers older than VIRTIO 1.0 come through the transports' legacy registers: they settle on
+features without FEATURES_OK, and some kick, or change their mind about features, before DRIVER_OK (`begin_legacy`).
+Left out: packed rings, shared memory regions.
 """
 from libc.stdint cimport UINT8_MAX, UINT32_MAX, UINT64_MAX
 from libc.string cimport memcpy
@@ -32,6 +34,7 @@ from kvmapp.state import StateError, StateReader
 cdef enum:
     KNOWN_STATUS = (VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER | VIRTIO_CONFIG_S_FEATURES_OK |
                     VIRTIO_CONFIG_S_DRIVER_OK | VIRTIO_CONFIG_S_FAILED)
+    LEGACY_STATUS = KNOWN_STATUS & ~VIRTIO_CONFIG_S_FEATURES_OK
 
 
 cdef class Transport:
@@ -124,14 +127,15 @@ cdef class VirtioDevice(Device):
             self.leave_thread(queue)
 
     def save(self):
-        return {"version": 1, "status": self.status, "driver_features": self.wanted,
+        return {"version": 2, "status": self.status, "driver_features": self.wanted, "legacy": bool(self.legacy),
                 "generation": atomic_load_u32(&self.generation),
                 "queues": [queue.save() for queue in self.queues], "device": self.save_device()}
 
     def restore(self, dict state not None):
-        reader = StateReader(self.name, state, version=1)
+        reader = StateReader(self.name, state, version=2)
         status = reader.uint("status", UINT8_MAX)
         wanted = reader.uint("driver_features", UINT64_MAX)
+        legacy = reader.flag("legacy") if reader.version > 1 else False
         generation = reader.uint("generation", UINT32_MAX)
         queues = [queue.check(saved) for queue, saved in
                   zip(self.queues, reader.nested_list("queues", self.queue_count, version=1), strict=True)]
@@ -139,19 +143,23 @@ cdef class VirtioDevice(Device):
         reader.done()
         if status & ~(KNOWN_STATUS | VIRTIO_CONFIG_S_NEEDS_RESET):
             raise StateError(f"{self.name}: 'status' is {status:#x}, which has unknown bits")
-        if status & VIRTIO_CONFIG_S_FEATURES_OK and wanted & ~self.offered:
+        agreed = bool(status & VIRTIO_CONFIG_S_FEATURES_OK)
+        if agreed and wanted & ~self.offered:
             raise StateError(f"{self.name}: the guest uses features {wanted & ~self.offered:#x} that are not offered here")
-        if status & VIRTIO_CONFIG_S_DRIVER_OK and not status & VIRTIO_CONFIG_S_FEATURES_OK:
+        if legacy and (agreed or wanted & ~self.legacy_offered()):
+            raise StateError(f"{self.name}: 'legacy' does not go with features {wanted:#x} and 'status' {status:#x}")
+        if status & VIRTIO_CONFIG_S_DRIVER_OK and not agreed and not legacy:
             raise StateError(f"{self.name}: 'status' is {status:#x}: the driver runs without having agreed on features")
         self.reset()
         self.wanted = wanted
-        self.features = wanted if status & VIRTIO_CONFIG_S_FEATURES_OK else 0
+        self.features = wanted if agreed or legacy else 0
+        self.legacy = legacy
         self.generation = generation
         for queue, checked in zip(self.queues, queues, strict=True):
             queue.restore(checked, self.has(VIRTIO_RING_F_INDIRECT_DESC), self.has(VIRTIO_RING_F_EVENT_IDX))
         self.restore_device(device)
         atomic_store_u32(&self.state, status)
-        if status & VIRTIO_CONFIG_S_DRIVER_OK:
+        if self.is_begun():
             self.activate()
         if not self.paused:
             self.resume()
@@ -199,13 +207,13 @@ cdef class VirtioDevice(Device):
     cdef void notify_config(self) noexcept nogil:
         """The device changed its config space, with Device.lock held."""
         atomic_store_u32(&self.generation, self.generation + 1)
-        if atomic_load_u32(&self.state) & VIRTIO_CONFIG_S_DRIVER_OK:
+        if self.is_begun():
             self.transport.config_interrupt()
 
     cdef void need_reset(self) noexcept nogil:
         """The device cannot go on: only a reset by the driver helps (2.1.2)."""
         cdef uint32_t before = atomic_or_u32(&self.state, VIRTIO_CONFIG_S_NEEDS_RESET)
-        if not before & VIRTIO_CONFIG_S_NEEDS_RESET and before & VIRTIO_CONFIG_S_DRIVER_OK:
+        if not before & VIRTIO_CONFIG_S_NEEDS_RESET and (self.legacy or before & VIRTIO_CONFIG_S_DRIVER_OK):
             self.transport.config_interrupt()
 
     # ---- hooks
@@ -254,7 +262,7 @@ cdef class VirtioDevice(Device):
         if value == 0:
             self.clear()
         fresh = value & KNOWN_STATUS & ~atomic_load_u32(&self.state)
-        if fresh & VIRTIO_CONFIG_S_FEATURES_OK and not self.agree():
+        if fresh & VIRTIO_CONFIG_S_FEATURES_OK and (self.legacy or not self.agree()):
             fresh &= ~<uint32_t>VIRTIO_CONFIG_S_FEATURES_OK
         if fresh & VIRTIO_CONFIG_S_DRIVER_OK and not (self.state | fresh) & VIRTIO_CONFIG_S_FEATURES_OK:
             self.complain("DRIVER_OK before FEATURES_OK, status", value)
@@ -267,13 +275,36 @@ cdef class VirtioDevice(Device):
                 self.start(<Virtqueue>self.queue_table[i])
         pthread_mutex_unlock(&self.lock)
 
+    cdef void set_legacy_status(self, uint32_t value) noexcept nogil:
+        """The same by a legacy register (3.1.2), which knows no FEATURES_OK."""
+        cdef uint32_t fresh
+        pthread_mutex_lock(&self.lock)
+        if value == 0:
+            self.clear()
+        fresh = value & LEGACY_STATUS & ~atomic_load_u32(&self.state)
+        if fresh & VIRTIO_CONFIG_S_DRIVER_OK and not self.agree_legacy():
+            fresh &= ~<uint32_t>VIRTIO_CONFIG_S_DRIVER_OK
+        atomic_or_u32(&self.state, fresh)
+        pthread_mutex_unlock(&self.lock)
+
+    cdef void begin_legacy(self) noexcept nogil:
+        """A kick through a legacy register: drivers up to Linux 3.17 use their queues before they set DRIVER_OK."""
+        pthread_mutex_lock(&self.lock)
+        if not self.is_begun():
+            self.agree_legacy()
+        pthread_mutex_unlock(&self.lock)
+
+    cdef uint64_t legacy_offered(self) noexcept nogil:
+        """The features that a legacy register shows: those with the lower numbers."""
+        return <uint32_t>self.offered
+
     cdef void want(self, uint32_t word, uint32_t bits) noexcept nogil:
-        """The driver's store to 32 of its feature bits; too late after FEATURES_OK."""
+        """The driver's store to 32 of its feature bits; too late after FEATURES_OK, or a legacy driver's DRIVER_OK."""
         if word > 1:
             return
         pthread_mutex_lock(&self.lock)
-        if atomic_load_u32(&self.state) & VIRTIO_CONFIG_S_FEATURES_OK:
-            self.complain("feature bits changed after FEATURES_OK", bits)
+        if atomic_load_u32(&self.state) & (VIRTIO_CONFIG_S_FEATURES_OK | VIRTIO_CONFIG_S_DRIVER_OK):
+            self.complain("feature bits changed after they were settled", bits)
         else:
             self.wanted = self.wanted & ~(<uint64_t>0xFFFF_FFFF << 32 * word) | <uint64_t>bits << 32 * word
         pthread_mutex_unlock(&self.lock)
@@ -349,12 +380,37 @@ cdef class VirtioDevice(Device):
         self.features = self.wanted
         return True
 
+    cdef bint agree_legacy(self) noexcept nogil:
+        """A legacy driver begins, or begins anew after having changed its features: none of them can be refused (2.2.3)."""
+        cdef uint32_t i
+        if atomic_load_u32(&self.state) & VIRTIO_CONFIG_S_FEATURES_OK:
+            self.complain("driver mixes legacy and modern registers, status", self.state)
+            return False
+        for i in range(self.queue_count):
+            self.stop(<Virtqueue>self.queue_table[i])
+        if self.wanted & ~self.legacy_offered():
+            self.complain("driver wants features that were not offered", self.wanted & ~self.legacy_offered())
+        self.wanted &= self.legacy_offered()
+        if not self.accepts(self.wanted):
+            self.complain("driver wants features that do not go together", self.wanted)
+            self.wanted = 0
+        self.features = self.wanted
+        self.legacy = True
+        self.activate()
+        for i in range(self.queue_count):
+            (<Virtqueue>self.queue_table[i]).settle(self.has(VIRTIO_RING_F_INDIRECT_DESC), self.has(VIRTIO_RING_F_EVENT_IDX))
+            self.start(<Virtqueue>self.queue_table[i])
+        return True
+
+    cdef bint is_begun(self) noexcept nogil:
+        """Whether the driver uses the device."""
+        return self.legacy or atomic_load_u32(&self.state) & VIRTIO_CONFIG_S_DRIVER_OK
+
     cdef void start(self, Virtqueue queue) noexcept nogil:
         """Lets a queue that may be worked on be worked on; requests may wait in it already."""
         cdef bint live
         pthread_mutex_lock(&queue.lock)
-        live = (queue.enabled and not queue.broken and not self.paused and not self.held and
-                self.status_register() & VIRTIO_CONFIG_S_DRIVER_OK)
+        live = queue.enabled and not queue.broken and not self.paused and not self.held and self.is_begun()
         queue.live = live
         pthread_mutex_unlock(&queue.lock)
         if live:
@@ -377,4 +433,5 @@ cdef class VirtioDevice(Device):
             (<Virtqueue>self.queue_table[i]).disable()
         self.deactivate()
         self.wanted = self.features = 0
+        self.legacy = False
         atomic_store_u32(&self.state, 0)

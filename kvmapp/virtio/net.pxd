@@ -33,6 +33,7 @@ cdef class VirtioNet(VirtioDevice):
     cdef Virtqueue receiver
     cdef bint watching               # the reader waits for frames; under the receive queue's lock
     cdef bint mergeable
+    cdef uint32_t header             # bytes before each frame
     cdef uint64_t frame_room         # bytes that the largest frame for this driver takes, with its header
 
     # Receive buffers popped and not yet filled: `posted` of them, their vectors in a row.

@@ -13,8 +13,8 @@ from kvmapp.abi.tun cimport (TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN, 
                              VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO,
                              VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
                              VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP)
-from kvmapp.abi.virtio cimport VIRTIO_ID_NET
-from kvmapp.net.backend cimport LARGEST_FRAME, NET_HEADER
+from kvmapp.abi.virtio cimport VIRTIO_F_VERSION_1, VIRTIO_ID_NET
+from kvmapp.net.backend cimport LARGEST_FRAME, LEGACY_HEADER, NET_HEADER
 from kvmapp.virtio.virtqueue cimport QUEUE_SIZE_MAX, chain_allocate, chain_free
 
 cdef enum:
@@ -56,6 +56,7 @@ cdef class VirtioNet(VirtioDevice):
         self.net_config.status = VIRTIO_NET_S_LINK_UP if link else 0
         self.net_config.max_virtqueue_pairs = 1
         self.net_config.mtu = mtu
+        self.header = NET_HEADER
         self.config = &self.net_config
         self.config_size = sizeof(self.net_config)
         for feature in (VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_NET_F_MRG_RXBUF):
@@ -140,8 +141,9 @@ cdef class VirtioNet(VirtioDevice):
         flags |= TUN_F_TSO_ECN if self.has(VIRTIO_NET_F_GUEST_ECN) else 0
         flags |= TUN_F_UFO if self.has(VIRTIO_NET_F_GUEST_UFO) else 0
         self.mergeable = self.has(VIRTIO_NET_F_MRG_RXBUF)
-        self.frame_room = NET_HEADER + (LARGEST_FRAME if self.features & NEEDS_GUEST_CSUM else mtu + ETHERNET_HEADER + VLAN_TAG)
-        if self.backend.set_offloads(flags) < 0:
+        self.header = NET_HEADER if self.mergeable or self.has(VIRTIO_F_VERSION_1) else LEGACY_HEADER
+        self.frame_room = self.header + (LARGEST_FRAME if self.features & NEEDS_GUEST_CSUM else mtu + ETHERNET_HEADER + VLAN_TAG)
+        if self.backend.set_header(self.header) < 0 or self.backend.set_offloads(flags) < 0:
             self.complain(b"the host refuses these offloads", flags)
 
     cdef void deactivate(self) noexcept nogil:
@@ -190,7 +192,7 @@ cdef class VirtioNet(VirtioDevice):
                     self.complain(b"no frames from the host, error", -length)
                 self.watch_frames(length == -EAGAIN)
                 return
-            if length <= NET_HEADER or <uint64_t>length > self.room:
+            if length <= self.header or <uint64_t>length > self.room:
                 self.rx_dropped += 1
             else:
                 self.deliver(queue, length)
@@ -208,7 +210,7 @@ cdef class VirtioNet(VirtioDevice):
             if got == 0:
                 # Nothing more to have now: a VLAN tag's four bytes may lack, or the whole ring is smaller than a large frame.
                 return self.room + VLAN_TAG >= self.frame_room or self.posted == queue.size
-            if self.chain.readable_count or self.chain.writable_bytes <= NET_HEADER:
+            if self.chain.readable_count or self.chain.writable_bytes <= self.header:
                 queue.fail(b"receive buffer has a readable part, or no room for a header", self.chain.writable_bytes)
                 return False
             if self.vector_count + self.chain.writable_count > POSTED_VECTORS:
@@ -241,11 +243,13 @@ cdef class VirtioNet(VirtioDevice):
         memmove(&self.posts[0], &self.posts[chains], self.posted * sizeof(Posted))
         memmove(&self.vectors[0], &self.vectors[vectors], self.vector_count * sizeof(iovec))
         self.rx_packets += 1
-        self.rx_bytes += length - NET_HEADER
+        self.rx_bytes += length - self.header
 
     cdef void mark_buffers(self, uint16_t count) noexcept nogil:
-        """num_buffers of the header in the first vectors, however the driver cut them."""
+        """num_buffers of the header in the first vectors, however the driver cut them; a legacy header has none."""
         cdef uint8_t* bytes_of_count = <uint8_t*>&count
+        if self.header < NET_HEADER:
+            return
         cdef uint64_t start = 0
         cdef uint32_t i = 0, offset = NUM_BUFFERS
         while offset < NUM_BUFFERS + sizeof(count):
@@ -283,11 +287,11 @@ cdef class VirtioNet(VirtioDevice):
     cdef void send(self, Chain* chain) noexcept nogil:
         """One frame; what the host does not take is dropped, as on a wire."""
         cdef uint64_t length = chain.readable_bytes
-        if length < NET_HEADER + ETHERNET_HEADER or length > NET_HEADER + LARGEST_FRAME:
+        if length < self.header + ETHERNET_HEADER or length > self.header + LARGEST_FRAME:
             self.complain(b"frame of impossible length", length)
             self.tx_dropped += 1
         elif not self.net_config.status & VIRTIO_NET_S_LINK_UP or self.backend.send(chain.readable, chain.readable_count) < 0:
             self.tx_dropped += 1
         else:
             self.tx_packets += 1
-            self.tx_bytes += length - NET_HEADER
+            self.tx_bytes += length - self.header

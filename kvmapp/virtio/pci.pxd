@@ -17,6 +17,7 @@ cdef struct PciTransportState:
 
 cdef class VirtioPci(PciFunction):
     cdef readonly VirtioDevice device
+    cdef bint modern                 # has the four structures of VIRTIO 1.0
     cdef PciTransportState state
     cdef bint bound[MAX_QUEUES]      # the queue's doorbell hangs at its notify address as an ioeventfd
     cdef uint32_t config_window      # offset of the configuration access capability

@@ -3,8 +3,8 @@
 One memory BAR shows the four virtio structures (common, ISR, device, notify; 4.1.4) and the MSI-X table behind them. Each queue
 has a notify address of its own, where its doorbell hangs as an ioeventfd while the queue is enabled. Interrupts are MSI-X
 vectors, one for the config space and one a queue, or INTx with the ISR register. A guest that takes bus mastering away (as a
-kernel does before kexec) stops the queues until it gives it back. Left out: the legacy I/O BAR of transitional devices
-(4.1.4.10), shared memory, NOTIFICATION_DATA.
+kernel does before kexec) stops the queues until it gives it back. transitional.pyx adds the legacy I/O BAR (4.1.4.10). Left
+out: shared memory, NOTIFICATION_DATA.
 """
 from libc.stdint cimport UINT16_MAX, UINT32_MAX, uint8_t
 
@@ -105,15 +105,28 @@ cdef class PciSignals(Transport):
 
 
 cdef class VirtioPci(PciFunction):
-    """The card of one virtio device; it owns the device from now on and stands for it in the machine."""
+    """The card of one virtio device; it owns the device from now on and stands for it in the machine.
 
-    def __cinit__(self, VirtioDevice device not None, Interrupts interrupts not None):
+    Without `modern` its memory BAR holds MSI-X alone: for cards with registers elsewhere.
+    """
+
+    def __cinit__(self, VirtioDevice device not None, Interrupts interrupts not None, *, bint modern=True):
         self.rename(device.name)
         self.device = device
         self.identify(VENDOR_REDHAT_QUMRANET, DEVICE_BASE + device.device_id, CLASS_CODES.get(device.device_id, CLASS_OTHER),
                       revision=REVISION_MODERN, subsystem_vendor=VENDOR_REDHAT_QUMRANET, subsystem=SUBSYSTEM, pin=1)
         self.add_bar(BAR, BAR_SIZE, BAR_MEM32)
         self.add_msix(device.queue_count + 1, BAR, MSIX_TABLE, MSIX_PENDING, interrupts)
+        self.modern = modern
+        if modern:
+            self.add_structures()
+        device.connect(PciSignals(self))
+        self.forget()
+        self.command_changed()
+
+    def add_structures(self):
+        """The capabilities that tell where the registers are."""
+        cdef VirtioDevice device = self.device
         self.add_structure(VIRTIO_PCI_CAP_COMMON_CFG, COMMON, COMMON_SIZE)
         self.add_structure(VIRTIO_PCI_CAP_ISR_CFG, ISR, 1)
         if device.config_size:
@@ -121,9 +134,6 @@ cdef class VirtioPci(PciFunction):
         self.add_structure(VIRTIO_PCI_CAP_NOTIFY_CFG, NOTIFY, NOTIFY_MULTIPLIER * device.queue_count,
                            struct.pack("<I", NOTIFY_MULTIPLIER))
         self.config_window = self.add_structure(VIRTIO_PCI_CAP_PCI_CFG, 0, 0, bytes(4), writable=True)
-        device.connect(PciSignals(self))
-        self.forget()
-        self.command_changed()
 
     def add_structure(self, uint8_t kind, uint32_t offset, uint32_t length, bytes more=b"", *, bint writable=False):
         """Adds a struct virtio_pci_cap (4.1.4); `more` follows it. The offset of the capability in config space."""
@@ -183,6 +193,8 @@ cdef class VirtioPci(PciFunction):
     # ---- registers
 
     cdef uint64_t read(self, uint64_t offset, uint32_t size) noexcept nogil:
+        if offset < MSIX_TABLE and not self.modern:
+            return 0
         if offset < ISR:
             return self.read_common(<uint32_t>offset - COMMON, size)
         if offset < DEVICE:
@@ -193,6 +205,8 @@ cdef class VirtioPci(PciFunction):
 
     cdef void write(self, uint64_t offset, uint32_t size, uint64_t value) noexcept nogil:
         cdef uint32_t index
+        if offset < MSIX_TABLE and not self.modern:
+            return
         if offset < ISR:
             self.write_common(<uint32_t>offset - COMMON, size, value)
         elif DEVICE <= offset < NOTIFY:
@@ -347,8 +361,9 @@ cdef class VirtioPci(PciFunction):
 
     cdef void bar_moved(self, uint32_t index, uint64_t address, bint mapped) noexcept nogil:
         cdef uint32_t i
-        for i in range(self.device.queue_count):
-            self.bind(<Virtqueue>self.device.queue_table[i], mapped)
+        if index == BAR and self.modern:
+            for i in range(self.device.queue_count):
+                self.bind(<Virtqueue>self.device.queue_table[i], mapped)
 
     cdef void command_changed(self) noexcept nogil:
         self.device.hold(not self.is_bus_master())

@@ -58,6 +58,8 @@ cdef class Virtqueue:
     cdef uint8_t* used
 
     cdef int enable(self, bint indirect, bint event_index) noexcept nogil
+    cdef void settle(self, bint indirect, bint event_index) noexcept nogil
+    cdef void lay_out(self, uint64_t base, uint64_t align) noexcept nogil
     cdef void disable(self) noexcept nogil
     cdef int pop(self, Chain* chain) noexcept nogil
     cdef void unpop(self, Chain* chain) noexcept nogil

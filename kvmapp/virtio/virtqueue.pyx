@@ -150,6 +150,20 @@ cdef class Virtqueue:
         self.enabled = True
         return 0
 
+    cdef void settle(self, bint indirect, bint event_index) noexcept nogil:
+        """Which features hold for the ring that is enabled: a legacy driver may tell them after it has set the ring up."""
+        pthread_mutex_lock(&self.lock)
+        self.indirect = indirect
+        self.event_index = event_index
+        self.kicks_wanted = False        # the wish stands where the other feature has it: the first empty pop says it anew
+        pthread_mutex_unlock(&self.lock)
+
+    cdef void lay_out(self, uint64_t base, uint64_t align) noexcept nogil:
+        """Where a legacy driver's ring has its parts (2.7.2): one after the other, the used ring on a multiple of `align`."""
+        self.desc_gpa = base
+        self.avail_gpa = base + DESC_SIZE * self.size
+        self.used_gpa = (self.avail_gpa + RING_HEADER + 2 * self.size + 2 + align - 1) & ~(align - 1)
+
     cdef void disable(self) noexcept nogil:
         """As before the driver touched it (after a reset of the device or of this queue)."""
         pthread_mutex_lock(&self.lock)

@@ -41,10 +41,11 @@ from kvmapp.virtio.device import VirtioDevice
 from kvmapp.virtio.net import VirtioNet
 from kvmapp.virtio.pci import VirtioPci
 from kvmapp.virtio.rng import VirtioRng
+from kvmapp.virtio.transitional import TransitionalPci
 from tests.device.virtio_driver import Guest
 
 SLOT = 1                                         # where the one card of a board is
-VIRTIO_STILL = {"isr", "intx", "pending", "broken", "generation", "queue_select", "driver_feature_select"}
+VIRTIO_STILL = {"isr", "intx", "pending", "broken", "generation", "queue_select", "driver_feature_select", "legacy"}
 
 
 @dataclass
@@ -189,6 +190,17 @@ def virtio_rng(board):
     driver = board.plug(VirtioRng("rng0", board.memory))
     yield driver.card
     driver.start(size=16)
+    driver.queues[0].post(writable=[8])
+    driver.queues[0].kick()
+    driver.queues[0].wait()
+
+
+@profile(TransitionalPci, still=VIRTIO_STILL - {"legacy"} | {"device_feature_select", "size"})
+def virtio_rng_legacy(board):
+    board.wiring = "legacy"
+    driver = board.plug(VirtioRng("rng0", board.memory))
+    yield driver.card
+    driver.start()
     driver.queues[0].post(writable=[8])
     driver.queues[0].kick()
     driver.queues[0].wait()

@@ -15,6 +15,7 @@ from kvmapp.devices import set_log
 from kvmapp.state import StateError
 from kvmapp.virtio.blk import VirtioBlk
 from tests.device.virtio_driver import F_EVENT_IDX, F_INDIRECT, WRITE, Guest
+from tests.device.virtio_wirings import ALL
 
 IN, OUT, T_FLUSH, GET_ID, T_DISCARD, T_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -26,14 +27,14 @@ UNTOUCHED = 0xEE
 class Machine:
     """A guest with one virtio disk on `path`, and requests by their parts."""
 
-    def __init__(self, path, *, serial="", queues=1, start=True, without=0, **disk):
+    def __init__(self, path, *, serial="", queues=1, start=True, without=0, wiring="pci", **disk):
         fd = os.open(path, os.O_RDWR)
         try:
             backend = RawDisk(fd, name="vda", **disk)
         except BaseException:
             os.close(fd)
             raise
-        self.guest = Guest()
+        self.guest = Guest(wiring=wiring)
         self.device = VirtioBlk("vda", self.guest.memory, backend, serial=serial, queues=queues)
         self.driver = self.guest.plug(self.device)
         if start:
@@ -92,9 +93,9 @@ def image(tmp_path):
     return path
 
 
-@pytest.fixture
-def machine(image):
-    with Machine(image, serial="SN-1234") as machine:
+@pytest.fixture(params=ALL)
+def machine(image, request):
+    with Machine(image, serial="SN-1234", wiring=request.param) as machine:
         yield machine
 
 
@@ -435,11 +436,11 @@ def test_a_state_of_another_disk_is_refused(image):
 
 
 def test_a_resize_is_told_to_the_guest(machine, image):
-    generation = machine.driver.get("config_generation")
+    generation = machine.driver.generation()
     assert machine.do(IN, SECTORS, room=512)[0] == IOERR
     machine.device.resize(2 * SECTORS * 512)
     machine.driver.await_vector(0)
-    assert machine.driver.get("config_generation") != generation
+    assert machine.driver.generation() != generation
     assert machine.driver.config(0, 4) == 2 * SECTORS
     assert machine.do(IN, SECTORS, room=512) == (OK, bytes(512), 513)
     assert image.stat().st_size == 2 * SECTORS * 512

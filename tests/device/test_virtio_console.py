@@ -7,6 +7,7 @@ from kvmapp.chardev import CharBackend
 from kvmapp.state import StateError
 from kvmapp.virtio.console import VirtioConsole
 from tests.device.virtio_driver import TIMEOUT, Guest
+from tests.device.virtio_wirings import ALL
 
 RECEIVEQ, TRANSMITQ = 0, 1
 
@@ -29,9 +30,9 @@ class Console:
         return data
 
 
-@pytest.fixture
-def guest():
-    with Guest() as guest:
+@pytest.fixture(params=ALL)
+def guest(request):
+    with Guest(wiring=request.param) as guest:
         yield guest
 
 
@@ -92,9 +93,7 @@ def test_a_queue_reset_forgets_what_was_half_sent(guest):
     console.output.post(readable=[bytes(200)])
     console.output.kick()
     select.select([console.backend.fd], [], [], TIMEOUT)
-    console.driver.put("queue_select", TRANSMITQ)
-    console.driver.put("queue_reset", 1)
-    assert console.driver.get("queue_enable") == 0
+    console.driver.reset_queue(console.output)
     assert console.device.save()["device"]["sent"] == 0
     assert console.device.save()["device"]["cols"] == 80
 
@@ -102,11 +101,11 @@ def test_a_queue_reset_forgets_what_was_half_sent(guest):
 def test_the_guest_hears_of_a_new_size(guest):
     console = Console(guest)
     assert [console.driver.config(offset, 2) for offset in (0, 2)] == [80, 25]
-    generation = console.driver.get("config_generation")
+    generation = console.driver.generation()
     console.device.resize(132, 50)
     console.driver.await_vector(0)
     assert [console.driver.config(offset, 2) for offset in (0, 2)] == [132, 50]
-    assert console.driver.get("config_generation") != generation
+    assert console.driver.generation() != generation
     console.device.resize(132, 50)
     assert not console.driver.interrupted(0)
 

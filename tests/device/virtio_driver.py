@@ -8,7 +8,8 @@
         [done] = queue.wait()                                     # by interrupt, with a timeout
         assert len(done.data) == done.written == 64
 
-Rings are split rings (VIRTIO 1.2, 2.7). Everything hostile is done by writing to `guest.memory` and to registers directly.
+Rings are split rings (VIRTIO 1.2, 2.7) and cards modern PCI ones, unless `Guest(wiring=...)` names another of virtio_wirings.py.
+Everything hostile is done by writing to `guest.memory` and to registers directly.
 """
 import os
 import select
@@ -59,9 +60,10 @@ class Completion:
 
 class Guest:
     """The machine around a driver: one of `size` bytes without KVM, or that of a core.Vm. `allocate` hands its memory out;
-    everything is given back by `close` (or `with`)."""
+    everything is given back by `close` (or `with`). `wiring` is how devices are reached: one of virtio_wirings.WIRINGS."""
 
-    def __init__(self, size: int = 32 << 20, vm=None):
+    def __init__(self, size: int = 32 << 20, vm=None, wiring: str = "pci"):
+        self.wiring = wiring
         if vm is None:
             self.memory = GuestMemory(size)
             self.pio, self.mmio, self.interrupts = Bus("pio"), Bus("mmio"), Interrupts()
@@ -102,14 +104,20 @@ class Guest:
 
     def plug(self, device) -> "Driver":
         """Puts the device on a card into the next slot, powers it up, and gives a driver that has only found its structures."""
-        card = VirtioPci(device, self.interrupts)
+        if self.wiring == "pci":
+            return self.insert(VirtioPci(device, self.interrupts), Driver)
+        from tests.device.virtio_wirings import WIRINGS
+        return WIRINGS[self.wiring](self, device)
+
+    def insert(self, card: VirtioPci, driver: "type[Driver]") -> "Driver":
+        """Puts the card into the next slot and powers it up."""
         slot = len(self.cards) + 1
         self.cards.append(card)
         self.host.attach(slot, card)
         self.host.assign_resources()
-        device.run_on(self.thread)
+        card.device.run_on(self.thread)
         card.resume()
-        return Driver(self, slot, card)
+        return driver(self, slot, card)
 
     def drive(self, device, **options) -> "Driver":
         """`plug`, then `Driver.start`."""
@@ -121,10 +129,15 @@ class Guest:
 class Driver:
     """A virtio-pci driver: capabilities found through configuration space, then registers through the BAR."""
 
-    def __init__(self, guest: Guest, slot: int, card: VirtioPci):
+    def __init__(self, guest: Guest, slot: int, card):
         self.guest, self.slot, self.card, self.device = guest, slot, card, card.device
         self.queues: list[Queue] = []
+        self.queue_kind: type[Queue] = Queue
         self.features = 0
+        self.attach()
+
+    def attach(self) -> None:
+        """Finds where the registers are."""
         self.msix = 0
         self.structures: dict[int, int] = {}
         self.windows = 0
@@ -182,6 +195,10 @@ class Driver:
     def put_config(self, offset: int, size: int, value: int) -> None:
         self.guest.mmio.write(self.structures[4] + offset, size, value)
 
+    def generation(self) -> int:
+        """Another one whenever the config space has changed."""
+        return self.get("config_generation")
+
     @property
     def status(self) -> int:
         return self.get("device_status")
@@ -221,10 +238,41 @@ class Driver:
         if msix:
             self.enable_msix()
             self.put("config_msix_vector", 0)
-        self.queues = [Queue(self, index, size) for index in range(self.get("num_queues"))]
+        self.queues = [self.queue_kind(self, index, size) for index in range(self.queue_count())]
         for queue in self.queues:
             queue.enable(vector=queue.index + 1 if msix else NO_VECTOR)
         self.set_status(DRIVER_OK)
+
+    def queue_count(self) -> int:
+        return self.get("num_queues")
+
+    def allocate_rings(self, size: int) -> tuple[int, int, int]:
+        """Where descriptors, available and used ring of a split ring of this size may lie."""
+        guest = self.guest
+        return guest.allocate(16 * size), guest.allocate(6 + 2 * size, 4), guest.allocate(6 + 8 * size, 4)
+
+    def install(self, queue: "Queue", vector: int) -> None:
+        """Tells the device where the queue lies and lets it use it."""
+        self.put("queue_select", queue.index)
+        self.put("queue_size", queue.size)
+        for field, address in (("queue_desc", queue.desc), ("queue_driver", queue.avail), ("queue_device", queue.used)):
+            self.put(field, address & 0xFFFF_FFFF)
+            self.put(field + "_high", address >> 32)
+        self.put("queue_msix_vector", vector)
+        assert self.get("queue_msix_vector") == vector
+        self.put("queue_enable", 1)
+        self.put("queue_select", queue.index)
+        queue.notify = self.structures[2] + self.get("queue_notify_off") * self.notify_multiplier
+
+    def reset_queue(self, queue: "Queue") -> None:
+        """Takes one queue back from the device."""
+        self.put("queue_select", queue.index)
+        self.put("queue_reset", 1)
+        assert self.get("queue_enable") == 0
+
+    def ring(self, queue: "Queue") -> None:
+        """Kicks."""
+        self.guest.mmio.write(queue.notify, 2, queue.index)
 
     # -- interrupts
 
@@ -260,10 +308,8 @@ class Queue:
         self.driver, self.index, self.memory = driver, index, driver.guest.memory
         driver.put("queue_select", index)
         self.size = size or driver.get("queue_size")
-        guest = driver.guest
-        self.desc = guest.allocate(16 * self.size)
-        self.avail = guest.allocate(6 + 2 * self.size, 2)
-        self.used = guest.allocate(6 + 8 * self.size, 4)
+        self.notify = 0
+        self.desc, self.avail, self.used = driver.allocate_rings(self.size)
         self.indirect = bool(driver.features & F_INDIRECT)
         self.event_idx = bool(driver.features & F_EVENT_IDX)
         self.next_avail = self.next_used = self.kicked = 0
@@ -271,17 +317,7 @@ class Queue:
         self.pending: dict[int, tuple[list[int], list[tuple[int, int]]]] = {}
 
     def enable(self, vector: int = NO_VECTOR) -> None:
-        driver = self.driver
-        driver.put("queue_select", self.index)
-        driver.put("queue_size", self.size)
-        for field, address in (("queue_desc", self.desc), ("queue_driver", self.avail), ("queue_device", self.used)):
-            driver.put(field, address & 0xFFFF_FFFF)
-            driver.put(field + "_high", address >> 32)
-        driver.put("queue_msix_vector", vector)
-        assert driver.get("queue_msix_vector") == vector
-        driver.put("queue_enable", 1)
-        driver.put("queue_select", self.index)
-        self.notify = driver.structures[2] + driver.get("queue_notify_off") * driver.notify_multiplier
+        self.driver.install(self, vector)
 
     # -- memory
 
@@ -341,7 +377,7 @@ class Queue:
         else:
             wanted = not self.word(self.used) & 1
         if wanted or force:
-            self.driver.guest.mmio.write(self.notify, 2, self.index)
+            self.driver.ring(self)
         return wanted
 
     def collect(self) -> list[Completion]:

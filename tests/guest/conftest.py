@@ -104,6 +104,18 @@ def root_disk(lab: Path) -> Iterator[Path]:
         yield copy
 
 
+@pytest.fixture
+def tap():
+    """A tap with the address 10.77.0.1 on the host's side."""
+    name = f"guest{os.getpid()}"
+    try:
+        for words in (f"tuntap add {name} mode tap", f"address add 10.77.0.1/24 dev {name}", f"link set {name} up"):
+            subprocess.run(["ip", *words.split()], check=True)
+        yield name
+    finally:
+        subprocess.run(["ip", "link", "delete", name], check=False)
+
+
 class _ReportWriter:
     """Writes each report, the moment it is made, to the file from which the machine outside reads it."""
 

@@ -36,6 +36,7 @@ class Machine:
     taps: list[str] = field(default_factory=list)        # NAME[,mac=M]
     rng: bool = False
     console: bool = False                                # the terminal is hvc0 instead of ttyS0
+    options: list[str] = field(default_factory=list)     # more of `kvmapp run`, which the peer does not have
     reboots: bool = False                                # a reset starts the guest again instead of ending the run
 
 
@@ -168,7 +169,7 @@ def kvmapp_command(machine: Machine) -> list[str]:
         command += ["--net", f"tap={tap}"]
     flags = {"--rng": machine.rng, "--console": machine.console, "--no-acpi": not machine.acpi,
              "--no-reboot": not machine.reboots}
-    return command + [flag for flag, wanted in flags.items() if wanted]
+    return command + [flag for flag, wanted in flags.items() if wanted] + machine.options
 
 
 def _qemu_command(machine: Machine) -> list[str]:

@@ -5,24 +5,10 @@ import socket
 import subprocess
 import threading
 
-import pytest
-
 from tests.guest.guest import BOOT_SECONDS, POWERED_OFF
 
 QUIET = "console=ttyS0 panic=-1 quiet"
 MEGABYTE = 1 << 20
-
-
-@pytest.fixture
-def tap():
-    """A tap with the address 10.77.0.1 on the host's side."""
-    name = f"guest{os.getpid()}"
-    try:
-        for words in (f"tuntap add {name} mode tap", f"address add 10.77.0.1/24 dev {name}", f"link set {name} up"):
-            subprocess.run(["ip", *words.split()], check=True)
-        yield name
-    finally:
-        subprocess.run(["ip", "link", "delete", name], check=False)
 
 
 def test_the_network_carries_traffic_both_ways(boot, tap):
