@@ -113,6 +113,7 @@ class DomainConfig(FileConfig):
     vcpus: int
     cpu: str
     acpi: bool
+    machine: str
     virtio: str
     on_poweroff: str
     on_reboot: str

@@ -288,6 +288,14 @@ cdef class Interrupts:
         self.lines.append(line)
         return line
 
+    def pulse(self, uint32_t gsi):
+        """A new source of edges on pin `gsi` (0-23), with an eventfd of its own: each `trigger` is one edge. Raises OSError."""
+        if gsi >= MAX_PINS:
+            raise ValueError(f"gsi {gsi} is not a pin (0-{MAX_PINS - 1})")
+        line = MsiLine.__new__(MsiLine, self, gsi)
+        self.lines.append(line)
+        return line
+
     def level(self, uint32_t gsi):
         """Whether the pin is asserted."""
         return self.asserted[gsi] > 0
@@ -340,7 +348,8 @@ cdef class IrqLine:
 
 
 cdef class MsiLine:
-    """One MSI or MSI-X vector: `route` says which message, `trigger` sends it. vhost and others may write `fd` themselves."""
+    """An interrupt that is an event: an MSI or MSI-X vector, where `route` says which message, or an edge on a pin. `trigger` sends it;
+    vhost and others may write `fd` themselves."""
 
     def __cinit__(self, Interrupts controller not None, uint32_t gsi):
         self.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)

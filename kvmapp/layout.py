@@ -13,6 +13,7 @@ HIGH_MEMORY_BASE = 0x1_0000_0000
 PCI_MMIO32_BASE, PCI_MMIO32_SIZE = 0xC000_0000, 0x2000_0000
 PCI_ECAM_BASE, PCI_ECAM_SIZE = 0xE000_0000, 0x1000_0000          # room for buses 0-255, 1 MiB each
 PCI_BUSES = 1                                                    # that exist: Linux probes each slot of each bus it is told of
+VIRTIO_MMIO_BASE = 0xFEB0_0000                                   # a page each
 IOAPIC_BASE = 0xFEC0_0000
 LAPIC_BASE = 0xFEE0_0000
 IDENTITY_MAP_BASE = 0xFFFB_C000                                  # KVM_SET_IDENTITY_MAP_ADDR, one page
@@ -41,6 +42,8 @@ GSI_KEYBOARD = 1
 GSI_RTC = 8
 GSI_SCI = 9
 GSI_INTX = (10, 11, 10, 11)                                      # of (slot + pin) % 4, INTA is pin 0; level, active high
+VIRTIO_MMIO_GSIS = (5, 6, 7, 10, 11, 12, 14, 15)                 # edges; ISA lines, which every guest can use by their numbers
+VIRTIO_MMIO_GSIS_ACPI = tuple(range(16, 24))                     # those that only ACPI can tell of
 GSI_MSI_BASE = 24                                                # GSI routes from here up belong to MSI vectors
 
 # What direct boot lays into low memory (all below the EBDA; e820 marks what must survive).

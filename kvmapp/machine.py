@@ -47,9 +47,8 @@ from kvmapp.layout import (
     PORT_SYSTEM_CONTROL_A,
 )
 from kvmapp.memory import GuestMemory
+from kvmapp.slots import MmioSlots, PciSlots
 from kvmapp.state import StateError, StateReader
-from kvmapp.virtio.pci import VirtioPci
-from kvmapp.virtio.transitional import virtio_card
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,7 +76,7 @@ class Machine:
         self.files = files or {}
         self.cpuids: list = cpuids or []
         self.devices: list[Device] = []
-        self.cards: dict[str, VirtioPci] = {}
+        self.cards: dict[str, "Any"] = {}                 # by name of the virtio device: its card or window
         self.threads: list[IoThread] = []
         self.characters: list[tuple] = []
         self.debug_console: CharBackend | None = None
@@ -89,7 +88,7 @@ class Machine:
             self._add_disks()
             self._add_interfaces()
             self._add_virtio_extras()
-            self.pci.assign_resources()
+            self.slots.assign_resources()
             self.vm.keep_initial()
         except BaseException:
             self.close()
@@ -102,7 +101,7 @@ class Machine:
         uuid = bytes.fromhex(self.config.uuid.replace("-", ""))
         platform = Platform(self.topology, name=self.config.name, uuid=uuid, acpi=self.config.acpi,
                             serial_ports=tuple(SERIAL_PLACES[serial.index] for serial in self.config.serials),
-                            pci_window64=self.window64)
+                            pci_window64=self.window64, virtio_mmio=getattr(self.slots, "windows", None))
         self.vm.set_entry(self.direct.setup(self.memory, platform))
 
     def resume(self) -> None:
@@ -127,7 +126,7 @@ class Machine:
             device.reset()
         self.memory.clear()
         self.vm.reset()
-        self.pci.assign_resources()
+        self.slots.assign_resources()
 
     def save_state(self) -> dict:
         """Everything that the guest can see but its memory; the machine is paused. Raises HostError."""
@@ -196,8 +195,8 @@ class Machine:
         return {name: card.device for name, card in self.cards.items() if name.startswith("net")}
 
     def inventory(self) -> list[dict]:
-        """[{name, slot}] of the cards in the PCI bus."""
-        return [{"name": function.name, "slot": slot} for (slot, _), function in sorted(self.pci.slots().items())]
+        """[{name, slot}] of the virtio devices, and of the PCI bus where there is one."""
+        return self.slots.inventory()
 
     def stats(self) -> dict:
         """Counters since the start: exits by reason, CPU time of each vCPU (ns), disks, cards."""
@@ -255,13 +254,10 @@ class Machine:
 
     def _add_platform(self) -> None:
         """The chips that every PC has."""
-        config, pio, mmio, irqs = self.config, self.vm.pio, self.vm.mmio, self.vm.interrupts
+        config, pio, irqs = self.config, self.vm.pio, self.vm.interrupts
         reset_control = ResetControl("reset-control", self.power)
-        self.pci = PciHost("pci", pio, mmio, irqs, mmio64_base=self.window64[0] if self.window64 else 0, reset_control=reset_control)
-        self._place(self.pci, pio, PORT_PCI_CONFIG_ADDRESS, 8)
-        self._place(self.pci, mmio, PCI_ECAM_BASE, PCI_ECAM_SIZE, ECAM_OFFSET)
         self._place(reset_control, pio, PORT_ACPI_RESET, 1)
-        self.vm.coalesce_port(PORT_PCI_CONFIG_ADDRESS, 4)
+        self._add_slots(reset_control)
         self._place(CmosRtc("rtc", irqs.line(GSI_RTC), self.io, memory=config.memory, vcpus=config.vcpus), pio, PORT_CMOS, 2)
         keyboard = I8042("i8042", irqs.line(GSI_KEYBOARD), self.power)
         self._place(keyboard, pio, PORT_I8042_DATA, 1, 0)
@@ -274,6 +270,18 @@ class Machine:
             self._place(DebugPort("debug-port", self.debug_console), pio, PORT_DEBUG_CONSOLE, 1)
         if config.debug.exit_port:
             self._place(DebugExit("debug-exit", self.power), pio, PORT_DEBUG_EXIT, 4)
+
+    def _add_slots(self, reset_control: ResetControl) -> None:
+        """What carries the virtio devices: the PCI bus, or nothing but addresses."""
+        config, pio, mmio, irqs = self.config, self.vm.pio, self.vm.mmio, self.vm.interrupts
+        if config.machine == "microvm":
+            self.slots = MmioSlots(mmio, irqs, acpi=config.acpi, legacy=config.virtio == "legacy")
+            return
+        pci = PciHost("pci", pio, mmio, irqs, mmio64_base=self.window64[0] if self.window64 else 0, reset_control=reset_control)
+        self._place(pci, pio, PORT_PCI_CONFIG_ADDRESS, 8)
+        self._place(pci, mmio, PCI_ECAM_BASE, PCI_ECAM_SIZE, ECAM_OFFSET)
+        self.vm.coalesce_port(PORT_PCI_CONFIG_ADDRESS, 4)
+        self.slots = PciSlots(pci, irqs, config.virtio)
 
     def _add_serial_ports(self) -> None:
         for serial in self.config.serials:
@@ -332,11 +340,10 @@ class Machine:
             self.devices.append(device)
 
     def _plug(self, device, thread: IoThread) -> None:
-        """Puts a virtio device on a card in the next PCI slot; `thread` does its I/O."""
-        card = virtio_card(device, self.vm.interrupts, self.config.virtio)
+        """Plugs a virtio device in; `thread` does its I/O."""
+        card = self.slots.plug(device)
         self.devices.append(card)
         self.cards[device.name] = card
-        self.pci.attach(len(self.cards), card)
         device.run_on(thread)
 
     def _character(self, name: str, section) -> CharBackend:

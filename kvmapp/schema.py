@@ -125,6 +125,9 @@ DOMAIN = File(
                      "x86-64-v2 (CPUs from 2009 on) and no more, so that the guest may move to any host."),
         Setting("acpi", YES_NO, True, shown=True, option="--no-acpi", option_value="no",
                 help="ACPI tables and power button; without them `shutdown` cannot reach the guest."),
+        Setting("machine", Choice("pc", "microvm"), "pc", option="--machine",
+                help="pc, with a PCI bus; microvm, without: the guest's kernel needs a driver for virtio-mmio, and starts the "
+                     "sooner."),
         Setting("virtio", Choice("transitional", "modern", "legacy"), "transitional", option="--virtio",
                 help="Which drivers find the virtio devices: transitional, those of every age; modern, those of VIRTIO 1.0 "
                      "and later (Linux 4.0, 2015); legacy, all, but they must use the interface of before 1.0."),

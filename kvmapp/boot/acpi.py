@@ -10,7 +10,6 @@ from kvmapp.boot.platform import Platform
 from kvmapp.layout import (
     ACPI_GPE0_SIZE,
     ACPI_RESET_VALUE,
-    GSI_INTX,
     GSI_SCI,
     IOAPIC_BASE,
     LAPIC_BASE,
@@ -64,7 +63,9 @@ def build(platform: Platform, base: int) -> bytes:
 
     facs = add(_facs(), FACS_SIZE)
     definitions = add(_table(b"DSDT", 2, dsdt.build(platform)))
-    tables = [add(_fadt(platform, facs, definitions)), add(_madt(platform)), add(_mcfg())]
+    tables = [add(_fadt(platform, facs, definitions)), add(_madt(platform))]
+    if platform.pci:
+        tables.append(add(_mcfg()))
     rsdt = add(_table(b"RSDT", 1, struct.pack(f"<{len(tables)}I", *tables)))
     xsdt = add(_table(b"XSDT", 1, struct.pack(f"<{len(tables)}Q", *tables)))
     area[:RSDP_SIZE] = _rsdp(rsdt, xsdt)
@@ -130,7 +131,7 @@ def _madt(platform: Platform) -> bytes:
         else:
             entries.append(struct.pack("<BBHIII", 9, 16, 0, apic_id, 1, uid))
     entries.append(struct.pack("<BBBBII", 1, 12, 0, 0, IOAPIC_BASE, 0))
-    overrides = [(ISA_TIMER, TIMER_GSI, 0)] + [(gsi, gsi, LEVEL_HIGH) for gsi in sorted({GSI_SCI, *GSI_INTX})]
+    overrides = [(ISA_TIMER, TIMER_GSI, 0)] + [(gsi, gsi, LEVEL_HIGH) for gsi in sorted({GSI_SCI, *platform.level_lines})]
     entries += [struct.pack("<BBBBIH", 2, 10, 0, line, gsi, flags) for line, gsi, flags in overrides]
     entries.append(struct.pack("<BBBHB", 4, 6, EVERY_CPU8, 0, 1))
     if apic_ids[-1] >= XAPIC_IDS:

@@ -13,6 +13,7 @@ DECODE_16, READ_WRITE = 1, 1
 RANGE_MEMORY, RANGE_IO, RANGE_BUS = 0, 1, 2
 FIXED_WINDOW = 0x0C                                              # minimum and maximum fixed, decoded positively, producer
 WHOLE_IO_RANGE = 0x03
+CONSUMER, EDGE, SHARED = 1, 2, 8                                 # of an extended interrupt
 END_TAG = b"\x79\x00"
 
 
@@ -147,6 +148,11 @@ def io(port: int, size: int) -> bytes:
 def irq(line: int) -> bytes:
     """An ISA interrupt: edge, active high, exclusive."""
     return struct.pack("<BH", 0x22, 1 << line)
+
+
+def edge(gsi: int) -> bytes:
+    """An extended interrupt (6.4.3.6): consumer, edge, active high, shared."""
+    return struct.pack("<BHBBI", 0x89, 6, CONSUMER | EDGE | SHARED, 1, gsi)
 
 
 def memory32(base: int, size: int) -> bytes:

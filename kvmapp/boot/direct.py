@@ -41,7 +41,7 @@ class DirectBoot:
         kernel.load(memory, placement)
         handover = Handover()
         handover.initrd, handover.initrd_size = self._load_initrd(memory, placement, kernel)
-        handover.cmdline = self._write_cmdline(memory, kernel)
+        handover.cmdline = self._write_cmdline(memory, kernel, platform)
         handover.memory_map = e820.memory_map(memory.ranges)
         handover.rsdp = acpi.write(memory, platform) if platform.acpi else 0
         mptable.write(memory, platform)
@@ -69,8 +69,8 @@ class DirectBoot:
         self.initrd.read_into(memory, gpa, 0, size)
         return gpa, size
 
-    def _write_cmdline(self, memory, kernel: Kernel) -> int:
-        text = self.cmdline.encode("utf-8", "surrogateescape")
+    def _write_cmdline(self, memory, kernel: Kernel, platform: Platform) -> int:
+        text = " ".join([*_windows(platform), self.cmdline]).encode("utf-8", "surrogateescape")
         limit = min(kernel.cmdline_limit, BOOT_CMDLINE_SIZE - 1)
         if len(text) > limit:
             raise self.kernel.error(f"the command line has {len(text)} bytes, a {kernel.name} takes {limit}", "shorten cmdline")
@@ -78,3 +78,9 @@ class DirectBoot:
             raise self.kernel.error("the command line holds a NUL character")
         memory.write(BOOT_CMDLINE, text + b"\0")
         return BOOT_CMDLINE
+
+
+def _windows(platform: Platform):
+    """Words for a Linux that cannot be told of virtio-mmio by ACPI (kernel-parameters, virtio_mmio.device)."""
+    for base, size, gsi in platform.virtio_mmio or () if not platform.acpi else ():
+        yield f"virtio_mmio.device={size}@{base:#x}:{gsi}"

@@ -1,4 +1,5 @@
-"""The DSDT: the devices that a guest cannot find by itself, the PCI host bridge's windows and interrupts, and how to power off.
+"""The DSDT: the devices that a guest cannot find by itself, the PCI host bridge's windows and interrupts or the
+windows of virtio-mmio, and how to power off.
 
 Follows ACPI 6.5 and the PCI Firmware Specification 3.3 (_OSC, MCFG's motherboard resource). Leaves out: hot-plug, sleep states
 other than S5, and link devices: PCI pins are wired to fixed interrupts.
@@ -35,8 +36,8 @@ def build(platform: Platform) -> bytes:
     """The table's AML, without its header."""
     return scope(
         "\\_SB",
-        _pci_host(platform),
-        _motherboard(),
+        *([_pci_host(platform), _motherboard()] if platform.pci else []),
+        *(_virtio_mmio(number, *window) for number, window in enumerate(platform.virtio_mmio or ())),
         _rtc(),
         *([_keyboard()] if platform.i8042 else []),
         *(_serial(number, port, gsi) for number, (port, gsi) in enumerate(platform.serial_ports, 1)),
@@ -92,6 +93,11 @@ def _osc() -> bytes:
 def _motherboard() -> bytes:
     """Linux trusts the MCFG only where ECAM is reserved as a motherboard resource."""
     return device("MBRD", named("_HID", eisa_id("PNP0C02")), named("_CRS", resources(aml.memory32(PCI_ECAM_BASE, PCI_ECAM_SIZE))))
+
+
+def _virtio_mmio(number: int, base: int, size: int, gsi: int) -> bytes:
+    return device(f"V{number:03X}", named("_HID", "LNRO0005"), named("_UID", number),
+                  named("_CRS", resources(aml.memory32(base, size), aml.edge(gsi))))
 
 
 def _rtc() -> bytes:

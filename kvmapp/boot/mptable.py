@@ -34,8 +34,8 @@ def write(memory, platform: Platform) -> None:
 
 def build(platform: Platform) -> bytes:
     """The configuration table."""
-    entries = [*_processors(platform), *_buses(), struct.pack("<BBBBI", 2, IOAPIC_ID, IOAPIC_VERSION, 1, IOAPIC_BASE),
-               *_isa_interrupts(), *_pci_interrupts(),
+    entries = [*_processors(platform), *_buses(platform), struct.pack("<BBBBI", 2, IOAPIC_ID, IOAPIC_VERSION, 1, IOAPIC_BASE),
+               *_isa_interrupts(platform), *(_pci_interrupts() if platform.pci else ()),
                struct.pack("<BBHBBBB", 4, EXTERNAL, CONFORMING, ISA_BUS, 0, 0, LINT0),
                struct.pack("<BBHBBBB", 4, NMI, CONFORMING, ISA_BUS, 0, EVERY_LAPIC, LINT1)]
     body = b"".join(entries)
@@ -58,15 +58,16 @@ def _processors(platform: Platform):
             yield struct.pack("<BBBBII8x", 0, apic_id, LAPIC_VERSION, flags, CPU_SIGNATURE, CPU_FEATURES)
 
 
-def _buses():
-    yield struct.pack("<BB6s", 1, PCI_BUS, b"PCI   ")
+def _buses(platform: Platform):
+    if platform.pci:
+        yield struct.pack("<BB6s", 1, PCI_BUS, b"PCI   ")
     yield struct.pack("<BB6s", 1, ISA_BUS, b"ISA   ")
 
 
-def _isa_interrupts():
+def _isa_interrupts(platform: Platform):
     """Every line to the pin of its number, but for the timer; the PICs' cascade and the lines that PCI has taken are none."""
     for line in range(16):
-        if line != CASCADE and line not in GSI_INTX:
+        if line != CASCADE and line not in platform.level_lines:
             pin = TIMER_PIN if line == ISA_TIMER else line
             yield struct.pack("<BBHBBBB", 3, INTERRUPT, CONFORMING, ISA_BUS, line, IOAPIC_ID, pin)
 

@@ -11,8 +11,8 @@ from libc.stdlib cimport free, realloc
 from libc.string cimport memset
 
 from kvmapp.abi.posix cimport (EFD_CLOEXEC, EFD_NONBLOCK, EINTR, POLLERR, POLLHUP, POLLIN, POLLOUT, SIG_BLOCK, atomic_load_u32,
-                               atomic_store_u32, close, errno, eventfd, iovec, poll, pollfd, pthread_self, pthread_setname_np, pthread_sigmask, read, sigfillset, sigset_t,
-                               write, writev)
+                               atomic_store_u32, close, errno, eventfd, iovec, poll, pollfd, pthread_self, pthread_setname_np,
+                               pthread_sigmask, read, sigfillset, sigset_t, write, writev)
 from kvmapp.abi.slirp cimport (SLIRP_POLL_ERR, SLIRP_POLL_HUP, SLIRP_POLL_IN, SLIRP_POLL_OUT, SLIRP_POLL_PRI, SlirpCb,
                                SlirpConfig, SlirpTimerCb, in_addr, inet_aton, slirp_add_hostfwd, slirp_cleanup, slirp_input,
                                slirp_new, slirp_pollfds_fill, slirp_pollfds_poll)

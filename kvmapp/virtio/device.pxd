@@ -10,6 +10,18 @@ cdef enum:
     MAX_QUEUES = 64                  # of one device
 
 
+cdef inline uint32_t half(uint64_t whole, bint upper) noexcept nogil:
+    """What a 32-bit field shows of a 64-bit value."""
+    return <uint32_t>(whole >> 32 if upper else whole)
+
+
+cdef inline uint64_t with_half(uint64_t whole, bint upper, uint32_t value) noexcept nogil:
+    """The 64-bit value after a store to one of its halves."""
+    if upper:
+        return <uint32_t>whole | <uint64_t>value << 32
+    return whole >> 32 << 32 | value
+
+
 cdef class Transport:
     cdef void queue_interrupt(self, uint32_t queue) noexcept nogil
     cdef void config_interrupt(self) noexcept nogil

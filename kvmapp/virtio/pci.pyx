@@ -14,7 +14,7 @@ from kvmapp.abi.virtio cimport (VIRTIO_F_RING_RESET, VIRTIO_ID_BLOCK, VIRTIO_ID_
                                 VIRTIO_PCI_CAP_NOTIFY_CFG, VIRTIO_PCI_CAP_PCI_CFG)
 from kvmapp.devices cimport Interrupts
 from kvmapp.hw.pci cimport BAR_MEM32, PciFunction
-from kvmapp.virtio.device cimport Transport, VirtioDevice
+from kvmapp.virtio.device cimport Transport, VirtioDevice, half, with_half
 from kvmapp.virtio.virtqueue cimport Virtqueue
 
 import struct
@@ -77,18 +77,6 @@ cdef uint32_t width_of(uint32_t offset) noexcept nogil:
     if offset < CONFIG_MSIX_VECTOR or QUEUE_DESC <= offset < QUEUE_NOTIFY_DATA:
         return 4
     return 1 if offset in (DEVICE_STATUS, CONFIG_GENERATION) else 2
-
-
-cdef uint32_t half(uint64_t whole, bint upper) noexcept nogil:
-    """What a 32-bit field shows of a 64-bit value."""
-    return <uint32_t>(whole >> 32 if upper else whole)
-
-
-cdef uint64_t with_half(uint64_t whole, bint upper, uint32_t value) noexcept nogil:
-    """The 64-bit value after a store to one of its halves."""
-    if upper:
-        return <uint32_t>whole | <uint64_t>value << 32
-    return whole >> 32 << 32 | value
 
 
 cdef class PciSignals(Transport):

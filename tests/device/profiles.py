@@ -38,6 +38,7 @@ from kvmapp.virtio.balloon import VirtioBalloon
 from kvmapp.virtio.blk import VirtioBlk
 from kvmapp.virtio.console import VirtioConsole
 from kvmapp.virtio.device import VirtioDevice
+from kvmapp.virtio.mmio import VirtioMmio
 from kvmapp.virtio.net import VirtioNet
 from kvmapp.virtio.pci import VirtioPci
 from kvmapp.virtio.rng import VirtioRng
@@ -201,6 +202,19 @@ def virtio_rng_legacy(board):
     driver = board.plug(VirtioRng("rng0", board.memory))
     yield driver.card
     driver.start()
+    driver.queues[0].post(writable=[8])
+    driver.queues[0].kick()
+    driver.queues[0].wait()
+
+
+@profile(VirtioMmio, still=VIRTIO_STILL | {"registers"})
+def virtio_rng_mmio(board):
+    board.wiring = "mmio"
+    driver = board.plug(VirtioRng("rng0", board.memory))
+    yield driver.card
+    driver.start(size=16)
+    driver.put("page_size", 4096)
+    driver.put("queue_align", 4096)
     driver.queues[0].post(writable=[8])
     driver.queues[0].kick()
     driver.queues[0].wait()

@@ -5,8 +5,12 @@
         with Guest(wiring=request.param) as guest:
             ...
 """
+import select
+
+from kvmapp.layout import VIRTIO_MMIO_BASE
+from kvmapp.virtio.mmio import VirtioMmio
 from kvmapp.virtio.transitional import TransitionalPci
-from tests.device.virtio_driver import ACKNOWLEDGE, DRIVER, DRIVER_OK, Driver, Guest
+from tests.device.virtio_driver import ACKNOWLEDGE, DRIVER, DRIVER_OK, TIMEOUT, Driver, Guest
 
 PAGE = 4096
 
@@ -104,6 +108,94 @@ class LegacyDriver(Driver):
         return self.get("isr")
 
 
+# offset of each 32-bit register of virtio-mmio; "queue_size" is another one for loads (QueueNumMax) than for stores
+MMIO = {
+    "magic": 0, "version": 4, "device_id": 8, "device_feature": 0x10, "device_feature_select": 0x14, "driver_feature": 0x20,
+    "driver_feature_select": 0x24, "page_size": 0x28, "queue_select": 0x30, "queue_size_max": 0x34, "queue_size": 0x38,
+    "queue_align": 0x3C, "queue_page": 0x40, "queue_enable": 0x44, "queue_notify": 0x50, "isr": 0x60, "isr_acknowledge": 0x64,
+    "device_status": 0x70, "queue_desc": 0x80, "queue_desc_high": 0x84, "queue_driver": 0x90, "queue_driver_high": 0x94,
+    "queue_device": 0xA0, "queue_device_high": 0xA4, "queue_reset": 0xC0, "config_generation": 0xFC,
+}
+
+
+class MmioDriver(Driver):
+    """virtio-mmio, version 2. Every cause has the one interrupt line; the status register parts them again."""
+    version = 2
+
+    def attach(self) -> None:
+        self.causes = 0
+        assert (self.get("magic"), self.get("version"), self.get("device_id")) == (0x74726976, self.version, self.device.device_id)
+
+    def get(self, field: str) -> int:
+        return self.guest.mmio.read(self.slot + MMIO["queue_size_max" if field == "queue_size" else field], 4)
+
+    def put(self, field: str, value: int) -> None:
+        self.guest.mmio.write(self.slot + MMIO[field], 4, value)
+
+    def config(self, offset: int, size: int) -> int:
+        return self.guest.mmio.read(self.slot + 0x100 + offset, size)
+
+    def put_config(self, offset: int, size: int, value: int) -> None:
+        self.guest.mmio.write(self.slot + 0x100 + offset, size, value)
+
+    def start(self, features: int | None = None, without: int = 0, msix: bool = False, size: int = 0) -> None:
+        super().start(features, without, False, size)
+
+    queue_count = LegacyDriver.queue_count
+
+    def install(self, queue, vector: int) -> None:
+        self.put("queue_select", queue.index)
+        assert self.get("queue_enable") == 0
+        self.put("queue_size", queue.size)
+        for field, address in (("queue_desc", queue.desc), ("queue_driver", queue.avail), ("queue_device", queue.used)):
+            self.put(field, address & 0xFFFF_FFFF)
+            self.put(field + "_high", address >> 32)
+        self.put("queue_enable", 1)
+        assert self.get("queue_enable") == 1
+
+    def ring(self, queue) -> None:
+        self.put("queue_notify", queue.index)
+
+    def await_vector(self, *vectors: int) -> None:
+        """Waits for a cause: vector 0 is the config space, the others are queues."""
+        wanted = sum({2 if vector == 0 else 1 for vector in vectors})
+        while not self.causes & wanted:
+            ready = select.select([self.card.interrupt_line.fd], [], [], TIMEOUT)[0]
+            assert ready, f"no interrupt in {TIMEOUT} s (status {self.status:#x})"
+            self.interrupted(0)
+        self.causes &= ~wanted
+
+    def interrupted(self, vector: int) -> bool:
+        came = self.card.interrupt_line.taken() > 0
+        causes = self.get("isr") if came else 0
+        self.put("isr_acknowledge", causes)
+        self.causes |= causes
+        return bool(causes & (2 if vector == 0 else 1))
+
+    def isr(self) -> int:
+        return self.get("isr")
+
+
+class LegacyMmioDriver(MmioDriver):
+    """virtio-mmio, version 1: page numbers, and no FEATURES_OK."""
+    version = 1
+    want, negotiate, generation = LegacyDriver.want, LegacyDriver.negotiate, LegacyDriver.generation
+    reset_queue, allocate_rings = LegacyDriver.reset_queue, LegacyDriver.allocate_rings
+
+    def offered(self) -> int:
+        self.put("device_feature_select", 0)
+        return self.get("device_feature")
+
+    def install(self, queue, vector: int) -> None:
+        self.put("page_size", PAGE)                      # a reset forgets it
+        self.put("queue_select", queue.index)
+        assert self.get("queue_page") == 0
+        self.put("queue_size", queue.size)
+        self.put("queue_align", PAGE)
+        self.put("queue_page", queue.desc // PAGE)
+        assert self.get("queue_page") == queue.desc // PAGE
+
+
 def legacy(guest: Guest, device) -> Driver:
     return guest.insert(TransitionalPci(device, guest.interrupts, modern=False), LegacyDriver)
 
@@ -113,5 +205,19 @@ def transitional(guest: Guest, device) -> Driver:
     return guest.insert(TransitionalPci(device, guest.interrupts), Driver)
 
 
-WIRINGS = {"legacy": legacy, "transitional": transitional}
+def mmio(guest: Guest, device, driver: type[MmioDriver] = MmioDriver) -> Driver:
+    window = VirtioMmio(device, guest.interrupts.pulse(5), legacy=driver.version == 1)
+    base = VIRTIO_MMIO_BASE + PAGE * len(guest.cards)
+    guest.cards.append(window)
+    window.enter(guest.mmio, base)
+    device.run_on(guest.thread)
+    window.resume()
+    return driver(guest, base, window)
+
+
+def legacy_mmio(guest: Guest, device) -> Driver:
+    return mmio(guest, device, LegacyMmioDriver)
+
+
+WIRINGS = {"legacy": legacy, "transitional": transitional, "mmio": mmio, "legacy-mmio": legacy_mmio}
 ALL = ("pci", *WIRINGS)

@@ -14,10 +14,15 @@ QUIET = "console=ttyS0 panic=-1 quiet"
 MEGABYTE = 1 << 20
 VERSION_1, RING_PACKED = 32, 34                         # feature bits
 
+MMIO_MODULES = "modules=virtio_mmio,virtio_blk,virtio_net,virtio_rng"
+
 # {kind: (options, more of the command line, feature bits that Linux must have agreed to, and must not)}
 KINDS = {
     "transitional": ([], "", {VERSION_1}, {RING_PACKED}),
     "legacy": (["--virtio", "legacy"], "", set(), {VERSION_1, RING_PACKED}),
+    "mmio": (["--machine", "microvm"], MMIO_MODULES, {VERSION_1}, {RING_PACKED}),
+    "legacy-mmio-by-command-line": (["--machine", "microvm", "--virtio", "legacy", "--no-acpi"], MMIO_MODULES, set(),
+                                    {VERSION_1, RING_PACKED}),
 }
 
 
