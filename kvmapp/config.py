@@ -115,6 +115,7 @@ class DomainConfig(FileConfig):
     acpi: bool
     machine: str
     virtio: str
+    packed: bool
     on_poweroff: str
     on_reboot: str
     on_crash: str

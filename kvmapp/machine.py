@@ -76,7 +76,7 @@ class Machine:
         self.files = files or {}
         self.cpuids: list = cpuids or []
         self.devices: list[Device] = []
-        self.cards: dict[str, "Any"] = {}                 # by name of the virtio device: its card or window
+        self.cards: dict[str, Any] = {}                 # by name of the virtio device: its card or window
         self.threads: list[IoThread] = []
         self.characters: list[tuple] = []
         self.debug_console: CharBackend | None = None
@@ -341,6 +341,8 @@ class Machine:
 
     def _plug(self, device, thread: IoThread) -> None:
         """Plugs a virtio device in; `thread` does its I/O."""
+        if self.config.packed:
+            device.offer_packed()
         card = self.slots.plug(device)
         self.devices.append(card)
         self.cards[device.name] = card

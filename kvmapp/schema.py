@@ -131,6 +131,8 @@ DOMAIN = File(
         Setting("virtio", Choice("transitional", "modern", "legacy"), "transitional", option="--virtio",
                 help="Which drivers find the virtio devices: transitional, those of every age; modern, those of VIRTIO 1.0 "
                      "and later (Linux 4.0, 2015); legacy, all, but they must use the interface of before 1.0."),
+        Setting("packed", YES_NO, False, option="--packed", option_value="yes",
+                help="Whether the virtio devices offer packed rings, for drivers from Linux 5.0 (2019) on."),
         Setting("on_poweroff", LIFE_CYCLE, "destroy",
                 help="What happens when the guest powers off: destroy ends the domain, restart starts it anew, "
                      "preserve leaves its memory for inspection."),

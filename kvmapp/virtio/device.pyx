@@ -17,7 +17,7 @@ queue's work) → the transport's interrupt state. Queue work runs in I/O thread
 it must never take Device.lock, because a vCPU that resets the device waits (`drain`) with Device.lock held.
 Made paused: `resume` starts it. Drivers older than VIRTIO 1.0 come through the transports' legacy registers: they settle on
 features without FEATURES_OK, and some kick, or change their mind about features, before DRIVER_OK (`begin_legacy`).
-Left out: packed rings, shared memory regions.
+Left out: shared memory regions.
 """
 from libc.stdint cimport UINT8_MAX, UINT32_MAX, UINT64_MAX
 from libc.string cimport memcpy
@@ -26,8 +26,9 @@ from kvmapp.abi.posix cimport (atomic_load_u32, atomic_or_u32, atomic_store_u32,
                                pthread_mutex_unlock)
 from kvmapp.abi.virtio cimport (VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
                                 VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
-                                VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX,
+                                VIRTIO_F_RING_PACKED, VIRTIO_F_RING_RESET, VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX,
                                 VIRTIO_RING_F_INDIRECT_DESC)
+from kvmapp.virtio.packed cimport PackedVirtqueue
 
 from kvmapp.state import StateError, StateReader
 
@@ -91,6 +92,10 @@ cdef class VirtioDevice(Device):
         """From now on interrupts go there."""
         self.transport = transport
 
+    def offer_packed(self):
+        """Offers packed rings as well; before a driver looks."""
+        self.offer(VIRTIO_F_RING_PACKED)
+
     @property
     def status(self):
         """The status register."""
@@ -137,13 +142,14 @@ cdef class VirtioDevice(Device):
         wanted = reader.uint("driver_features", UINT64_MAX)
         legacy = reader.flag("legacy") if reader.version > 1 else False
         generation = reader.uint("generation", UINT32_MAX)
-        queues = [queue.check(saved) for queue, saved in
+        agreed = bool(status & VIRTIO_CONFIG_S_FEATURES_OK)
+        packed = agreed and bool(wanted >> VIRTIO_F_RING_PACKED & 1)
+        queues = [queue.check(saved, packed) for queue, saved in
                   zip(self.queues, reader.nested_list("queues", self.queue_count, version=1), strict=True)]
         device = self.check_device(reader.nested("device", self.state_version))
         reader.done()
         if status & ~(KNOWN_STATUS | VIRTIO_CONFIG_S_NEEDS_RESET):
             raise StateError(f"{self.name}: 'status' is {status:#x}, which has unknown bits")
-        agreed = bool(status & VIRTIO_CONFIG_S_FEATURES_OK)
         if agreed and wanted & ~self.offered:
             raise StateError(f"{self.name}: the guest uses features {wanted & ~self.offered:#x} that are not offered here")
         if legacy and (agreed or wanted & ~self.legacy_offered()):
@@ -156,7 +162,7 @@ cdef class VirtioDevice(Device):
         self.legacy = legacy
         self.generation = generation
         for queue, checked in zip(self.queues, queues, strict=True):
-            queue.restore(checked, self.has(VIRTIO_RING_F_INDIRECT_DESC), self.has(VIRTIO_RING_F_EVENT_IDX))
+            queue.restore(checked, self.has(VIRTIO_RING_F_INDIRECT_DESC), self.has(VIRTIO_RING_F_EVENT_IDX), packed)
         self.restore_device(device)
         atomic_store_u32(&self.state, status)
         if self.is_begun():
@@ -181,7 +187,7 @@ cdef class VirtioDevice(Device):
         """The next queue, for `__cinit__`."""
         if self.queue_count == MAX_QUEUES:
             raise ValueError(f"{self.name}: a virtio device has at most {MAX_QUEUES} queues")
-        queue = Virtqueue(self, self.memory, self.queue_count, size_max)
+        queue = PackedVirtqueue(self, self.memory, self.queue_count, size_max)
         queue.doorbell = QueueDoorbell(self, queue)
         self.queues.append(queue)
         self.queue_table[self.queue_count] = <PyObject*>queue
@@ -344,6 +350,7 @@ cdef class VirtioDevice(Device):
         """The driver set the queue's size and addresses and wants it used from now on."""
         pthread_mutex_lock(&self.lock)
         if not queue.enabled:
+            queue.packed = self.has(VIRTIO_F_RING_PACKED)
             if queue.enable(self.has(VIRTIO_RING_F_INDIRECT_DESC), self.has(VIRTIO_RING_F_EVENT_IDX)) < 0:
                 self.need_reset()
             self.start(queue)

@@ -21,6 +21,7 @@ cdef struct Chain:
     uint32_t capacity
 
 cdef int chain_allocate(Chain* chain, uint32_t capacity) except -1
+cdef void chain_begin(Chain* chain) noexcept nogil
 cdef void chain_free(Chain* chain) noexcept nogil
 cdef uint64_t chain_take(Chain* chain, void* target, uint64_t length) noexcept nogil
 cdef uint64_t chain_put(Chain* chain, const void* source, uint64_t length) noexcept nogil
@@ -42,6 +43,7 @@ cdef class Virtqueue:
     cdef uint64_t desc_gpa
     cdef uint64_t avail_gpa
     cdef uint64_t used_gpa
+    cdef bint packed                 # the ring is a packed one (packed.pyx)
     cdef bint indirect
     cdef bint event_index
 

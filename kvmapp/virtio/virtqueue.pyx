@@ -2,7 +2,7 @@
 
 The rings lie in guest RAM. Their addresses are checked once, when the driver enables the queue; every index, length and address
 that is read from them is loaded once and checked before use. A ring that breaks the rules is `broken`: a line in the log, and
-`pop` answers -1 until the next reset. Left out: packed rings (2.8) and VIRTIO_F_IN_ORDER.
+`pop` answers -1 until the next reset. packed.pyx adds packed rings (2.8). Left out: VIRTIO_F_IN_ORDER.
 
 A round of work, with `lock` held and only while `live`:
 
@@ -42,6 +42,13 @@ cdef int chain_allocate(Chain* chain, uint32_t capacity) except -1:
         raise MemoryError
     chain.capacity = capacity
     return 0
+
+
+cdef void chain_begin(Chain* chain) noexcept nogil:
+    """No buffers yet."""
+    chain.readable = chain.writable = chain.storage
+    chain.readable_count = chain.writable_count = 0
+    chain.readable_bytes = chain.writable_bytes = 0
 
 
 cdef void chain_free(Chain* chain) noexcept nogil:
@@ -167,7 +174,7 @@ cdef class Virtqueue:
     cdef void disable(self) noexcept nogil:
         """As before the driver touched it (after a reset of the device or of this queue)."""
         pthread_mutex_lock(&self.lock)
-        self.live = self.enabled = self.broken = self.indirect = self.event_index = False
+        self.live = self.enabled = self.broken = self.packed = self.indirect = self.event_index = False
         self.kicks_wanted = False        # a new ring asks for kicks in fact; the first empty pop says so again
         self.size = self.size_max
         self.desc_gpa = self.avail_gpa = self.used_gpa = 0
@@ -254,10 +261,8 @@ cdef class Virtqueue:
         cdef uint64_t count = self.size, index = head, left = self.size
         cdef bint nested = False
         cdef vring_desc desc
+        chain_begin(chain)
         chain.head = head
-        chain.readable = chain.writable = chain.storage
-        chain.readable_count = chain.writable_count = 0
-        chain.readable_bytes = chain.writable_bytes = 0
         while True:
             if index >= count:
                 return self.fail("descriptor index is outside its table", index)
@@ -320,28 +325,37 @@ cdef class Virtqueue:
                 "desc": self.desc_gpa, "avail": self.avail_gpa, "used": self.used_gpa,
                 "last_avail": self.last_avail, "next_used": self.published}
 
-    def check(self, reader):
+    def check(self, reader, bint packed):
         """Reads what `save` gave from a StateReader, for `restore`. Raises StateError, also for rings that are not in RAM."""
         size = reader.uint("size", UINT16_MAX)
         flags = reader.flag("enabled"), reader.flag("broken")
         addresses = tuple(reader.uint(key, UINT64_MAX) for key in ("desc", "avail", "used"))
-        indices = reader.uint("last_avail", UINT16_MAX), reader.uint("next_used", UINT16_MAX)
+        positions = reader.uint("last_avail", UINT16_MAX), reader.uint("next_used", UINT16_MAX)
         reader.done()
-        trial = Virtqueue(self.owner, self.memory, self.index, self.size_max)
-        trial.restore((size, flags, addresses, indices), False, False)
-        if (indices[0] - indices[1]) % 0x10000 > self.size_max:
-            raise StateError(f"{reader.owner}: more requests under way than the queue holds (last_avail {indices[0]}, "
-                             f"next_used {indices[1]})")
+        self.check_positions(reader.owner, size, *positions, packed)
+        trial = type(self)(self.owner, self.memory, self.index, self.size_max)
+        trial.restore((size, flags, addresses, positions), False, False, packed)
         if flags[0] and not trial.enabled:
             raise StateError(f"{reader.owner}: the rings at {', '.join(map(hex, addresses))}, size {size}, cannot be used")
-        return size, flags, addresses, indices
+        return size, flags, addresses, positions
 
-    def restore(self, tuple checked not None, bint indirect, bint event_index):
+    def check_positions(self, str owner, uint32_t size, uint32_t last_avail, uint32_t next_used, bint packed):
+        """Raises StateError for positions in the ring that no device can have come to."""
+        if (last_avail - next_used) % 0x10000 > self.size_max:
+            raise StateError(f"{owner}: more requests under way than the queue holds (last_avail {last_avail}, next_used {next_used})")
+
+    def restore(self, tuple checked not None, bint indirect, bint event_index, bint packed):
         """Takes over what `check` answered; the queue is not live yet."""
         cdef bint enabled, broken
         self.disable()
-        self.size, (enabled, broken), (self.desc_gpa, self.avail_gpa, self.used_gpa), (self.last_avail, self.next_used) = checked
-        self.published = self.next_used
+        self.packed = packed
+        self.size, (enabled, broken), (self.desc_gpa, self.avail_gpa, self.used_gpa), positions = checked
+        self.go_to(*positions)
         if enabled:
             self.enable(indirect, event_index)
         self.broken = self.broken or broken
+
+    def go_to(self, uint32_t last_avail, uint32_t next_used):
+        """Goes on from these positions."""
+        self.last_avail, self.next_used = last_avail, next_used
+        self.published = self.next_used

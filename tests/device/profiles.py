@@ -207,6 +207,17 @@ def virtio_rng_legacy(board):
     driver.queues[0].wait()
 
 
+@profile(still=VIRTIO_STILL)
+def virtio_rng_packed(board):
+    board.wiring = "packed"
+    driver = board.plug(VirtioRng("rng0", board.memory))
+    yield driver.card
+    driver.start(size=15)
+    driver.queues[0].post(writable=[8])
+    driver.queues[0].kick()
+    driver.queues[0].wait()
+
+
 @profile(VirtioMmio, still=VIRTIO_STILL | {"registers"})
 def virtio_rng_mmio(board):
     board.wiring = "mmio"

@@ -15,7 +15,7 @@ from kvmapp.devices import set_log
 from kvmapp.state import StateError
 from kvmapp.virtio.blk import VirtioBlk
 from tests.device.virtio_driver import F_EVENT_IDX, F_INDIRECT, WRITE, Guest
-from tests.device.virtio_wirings import ALL
+from tests.device.virtio_wirings import ALL, SPLIT
 
 IN, OUT, T_FLUSH, GET_ID, T_DISCARD, T_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
@@ -461,6 +461,7 @@ def test_queues_work_side_by_side(image):
             assert machine.do(IN, number * 256, room=20 * 512)[1] == bytes([number + 1]) * 10240
 
 
+@pytest.mark.parametrize("machine", SPLIT, indirect=True)
 def test_a_driver_that_reuses_requests_gets_no_more_than_there_are_slots(machine):
     """The avail ring runs ahead of the used ring: one head again and again, more often than the queue is long."""
     head, [(place, _)] = machine.post(OUT, 1, b"r" * 512)

@@ -22,9 +22,9 @@ IFF_UP, IFF_TAP, IFF_NO_PI, IFF_VNET_HDR = 0x1, 0x2, 0x1000, 0x4000
 ETHERTYPE = 0x88B5                                     # for local experiments (IEEE 802)
 
 
-@pytest.fixture
-def guest():
-    with Guest() as guest:
+@pytest.fixture(params=("pci", "legacy", "mmio", "packed"))
+def guest(request):
+    with Guest(wiring=request.param) as guest:
         yield guest
 
 
@@ -258,6 +258,7 @@ def test_the_address_stands_in_config_space(wire):
     assert bytes(wire.driver.config(i, 1) for i in range(6)) == MAC
 
 
+@pytest.mark.parametrize("guest", ["pci", "mmio"], indirect=True)
 @pytest.mark.parametrize("feature", [7, 8, 9, 10, 11, 12, 13, 14])
 def test_offloads_without_checksums_are_refused(guest, feature):
     ours, _ = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)

@@ -9,8 +9,10 @@ import select
 
 from kvmapp.layout import VIRTIO_MMIO_BASE
 from kvmapp.virtio.mmio import VirtioMmio
+from kvmapp.virtio.pci import VirtioPci
 from kvmapp.virtio.transitional import TransitionalPci
 from tests.device.virtio_driver import ACKNOWLEDGE, DRIVER, DRIVER_OK, TIMEOUT, Driver, Guest
+from tests.device.virtio_packed import PackedQueue
 
 PAGE = 4096
 
@@ -205,6 +207,13 @@ def transitional(guest: Guest, device) -> Driver:
     return guest.insert(TransitionalPci(device, guest.interrupts), Driver)
 
 
+def packed(guest: Guest, device) -> Driver:
+    device.offer_packed()
+    driver = guest.insert(VirtioPci(device, guest.interrupts), Driver)
+    driver.queue_kind = PackedQueue
+    return driver
+
+
 def mmio(guest: Guest, device, driver: type[MmioDriver] = MmioDriver) -> Driver:
     window = VirtioMmio(device, guest.interrupts.pulse(5), legacy=driver.version == 1)
     base = VIRTIO_MMIO_BASE + PAGE * len(guest.cards)
@@ -219,5 +228,6 @@ def legacy_mmio(guest: Guest, device) -> Driver:
     return mmio(guest, device, LegacyMmioDriver)
 
 
-WIRINGS = {"legacy": legacy, "transitional": transitional, "mmio": mmio, "legacy-mmio": legacy_mmio}
+WIRINGS = {"legacy": legacy, "transitional": transitional, "mmio": mmio, "legacy-mmio": legacy_mmio, "packed": packed}
 ALL = ("pci", *WIRINGS)
+SPLIT = tuple(kind for kind in ALL if kind != "packed")

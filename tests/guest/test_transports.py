@@ -14,25 +14,23 @@ QUIET = "console=ttyS0 panic=-1 quiet"
 MEGABYTE = 1 << 20
 VERSION_1, RING_PACKED = 32, 34                         # feature bits
 
-MMIO_MODULES = "modules=virtio_mmio,virtio_blk,virtio_net,virtio_rng"
-
-# {kind: (options, more of the command line, feature bits that Linux must have agreed to, and must not)}
+# {kind: (options, feature bits that Linux must have agreed to, and must not)}
 KINDS = {
-    "transitional": ([], "", {VERSION_1}, {RING_PACKED}),
-    "legacy": (["--virtio", "legacy"], "", set(), {VERSION_1, RING_PACKED}),
-    "mmio": (["--machine", "microvm"], MMIO_MODULES, {VERSION_1}, {RING_PACKED}),
-    "legacy-mmio-by-command-line": (["--machine", "microvm", "--virtio", "legacy", "--no-acpi"], MMIO_MODULES, set(),
-                                    {VERSION_1, RING_PACKED}),
+    "transitional": ([], {VERSION_1}, {RING_PACKED}),
+    "legacy": (["--virtio", "legacy"], set(), {VERSION_1, RING_PACKED}),
+    "mmio": (["--machine", "microvm"], {VERSION_1}, {RING_PACKED}),
+    "legacy-mmio": (["--machine", "microvm", "--virtio", "legacy"], set(), {VERSION_1, RING_PACKED}),
+    "packed": (["--packed"], {VERSION_1, RING_PACKED}, set()),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_disk_and_network(boot, tap, tmp_path, kind):
-    options, words, agreed, refused = KINDS[kind]
+    options, agreed, refused = KINDS[kind]
     image = tmp_path / "disk.img"
     content = os.urandom(8 * MEGABYTE)
     image.write_bytes(content + bytes(8 * MEGABYTE))
-    guest = boot(append=f"{QUIET} net=10.77.0.2/24 shell=ttyS0 {words}", taps=[tap], disks=[str(image)], rng=True, options=options)
+    guest = boot(append=f"{QUIET} net=10.77.0.2/24 shell=ttyS0", taps=[tap], disks=[str(image)], rng=True, options=options)
     guest.expect("GUEST UP", BOOT_SECONDS)
     guest.expect("# ")
     devices = guest.run("cat /sys/bus/virtio/devices/*/features").split()

@@ -163,7 +163,7 @@ def _guests(amd64: Kernel, cloud: Kernel) -> Path:
     scripts = init, initrd_init, dhcp = [HERE / "guest" / name for name in ("init", "initrd-init", "dhcp-script")]
 
     def build(folder: Path) -> None:
-        entries = _initrd(root / "busybox", init, cloud.modules(GUEST_MODULES))
+        entries = _initrd(root / "busybox", init, cloud.modules([*GUEST_MODULES, "virtio_mmio"]))
         entries["bin/dhcp-script"] = initramfs.program(dhcp)
         (folder / "initramfs.gz").write_bytes(initramfs.archive(entries))
         for name, kernel in (("initrd.gz", cloud), ("initrd-amd64.gz", amd64)):

@@ -17,7 +17,7 @@ def test_the_options_there_are():
     assert TAKES_VALUE == {
         "--name": True, "--memory": True, "--vcpus": True, "--cpu": True, "--no-acpi": False, "--no-reboot": False,
         "--kernel": True, "--initrd": True, "--append": True, "--disk": True, "--net": True, "--console": False,
-        "--rng": False, "--virtio": True, "--machine": True, "--debug-console": False, "--debug-exit": False}
+        "--rng": False, "--virtio": True, "--machine": True, "--packed": False, "--debug-console": False, "--debug-exit": False}
 
 
 def test_options_alone():
