@@ -42,6 +42,8 @@ class DiskConfig(Settings):
     cache: str
     discard: str
     io: str
+    queues: int
+    threads: int | None
 
 
 class InterfaceConfig(Settings):
@@ -233,6 +235,9 @@ def check_boot(config: DomainConfig, origin: Origin) -> None:
 def check_disks(config: DomainConfig, origin: Origin) -> None:
     seen: dict[str, DiskConfig] = {}
     for disk in config.disks:
+        if (disk.threads or 1) > disk.queues:
+            origin.fail(disk.heading, "threads", f"'{disk.threads}': the disk has no more than {disk.queues} queues to serve",
+                        f"queues = {disk.threads}")
         other = seen.setdefault(disk.source, disk)
         if other is not disk and not (disk.readonly and other.readonly):
             origin.fail(disk.heading, "source", f"{disk.source!r}: is the source of disk {other.name} too",

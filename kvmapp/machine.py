@@ -64,6 +64,7 @@ SERIAL_PLACES = ((PORT_COM1, GSI_COM1), (PORT_COM2, GSI_COM2))
 class Machine:
     """The hardware of one guest. `characters` are (name, CharBackend, section of the configuration) for each console."""
     vm: "Any" = None
+    slots: "PciSlots | MmioSlots"
     direct: "Any" = None
 
     def __init__(self, config, files: dict[str, int] | None = None, cpuids: list | None = None):
@@ -295,7 +296,9 @@ class Machine:
             from kvmapp.virtio.blk import VirtioBlk
         for disk in self.config.disks:
             backend = open_disk(disk, self.files.get(f"disk:{disk.name}"))
-            self._plug(VirtioBlk(disk.name, self.memory, backend, serial=disk.serial or ""), self._thread(f"disk {disk.name}"))
+            device = VirtioBlk(disk.name, self.memory, backend, serial=disk.serial or "", queues=disk.queues)
+            names = (f"disk {disk.name}" + (f" {number}" if number else "") for number in range(disk.threads or disk.queues))
+            self._plug(device, *map(self._thread, names))
 
     def _add_interfaces(self) -> None:
         if self.config.interfaces:
@@ -339,14 +342,15 @@ class Machine:
         if device not in self.devices:
             self.devices.append(device)
 
-    def _plug(self, device, thread: IoThread) -> None:
-        """Plugs a virtio device in; `thread` does its I/O."""
+    def _plug(self, device, *threads: IoThread) -> None:
+        """Plugs a virtio device in; the threads do its I/O, each of several its share of the queues."""
         if self.config.packed:
             device.offer_packed()
         card = self.slots.plug(device)
         self.devices.append(card)
         self.cards[device.name] = card
-        device.run_on(thread)
+        for number, thread in enumerate(threads):
+            device.run_on(thread, None if len(threads) == 1 else range(number, len(device.queues), len(threads)))
 
     def _character(self, name: str, section) -> CharBackend:
         backend = CharBackend(name)

@@ -32,7 +32,7 @@ HOST_SIDE: dict[str, set[str]] = {
     "": {"name", "uuid", "title", "description", "current_memory", "cpu", "on_poweroff", "on_reboot", "on_crash", "autostart_order",
          "autostart_delay"},
     "boot": {"kernel", "initrd", "cmdline"},
-    "disk": {"source", "cache", "io"},
+    "disk": {"source", "cache", "io", "threads"},
     "interface": {"type", "source", "target", "forwards", "link"},
     "serial": {"type", "path", "log"},
     "console": {"type", "path", "log"},

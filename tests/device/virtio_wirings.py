@@ -6,6 +6,8 @@
             ...
 """
 import select
+from collections.abc import Callable
+from typing import Any
 
 from kvmapp.layout import VIRTIO_MMIO_BASE
 from kvmapp.virtio.mmio import VirtioMmio
@@ -228,6 +230,7 @@ def legacy_mmio(guest: Guest, device) -> Driver:
     return mmio(guest, device, LegacyMmioDriver)
 
 
-WIRINGS = {"legacy": legacy, "transitional": transitional, "mmio": mmio, "legacy-mmio": legacy_mmio, "packed": packed}
+WIRINGS: dict[str, Callable[[Guest, Any], Driver]] = {"legacy": legacy, "transitional": transitional, "mmio": mmio,
+                                                         "legacy-mmio": legacy_mmio, "packed": packed}
 ALL = ("pci", *WIRINGS)
 SPLIT = tuple(kind for kind in ALL if kind != "packed")

@@ -75,3 +75,27 @@ def check_network(guest):
         guest.run("nc 10.77.0.1 7000 </tmp/data >/dev/null")
         thread.join(60)
         assert received.hexdigest() == digest
+
+
+def test_a_disk_of_several_queues(boot, tmp_path):
+    """Each vCPU has a queue and a thread of its own behind it; the file system they wrote together is whole."""
+    image = tmp_path / "disk.img"
+    with open(image, "wb") as file:
+        file.truncate(64 * MEGABYTE)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", image], check=True)
+    guest = boot(append=f"{QUIET} shell=ttyS0", disks=[f"{image},queues=4"], vcpus=4)
+    guest.expect("GUEST UP", BOOT_SECONDS)
+    guest.expect("# ")
+    assert guest.run("ls /sys/block/vda/mq | wc -w") == "4"
+    guest.run("mkdir /d; mount /dev/vda /d; dd if=/dev/urandom of=/tmp/a bs=1M count=4 2>/dev/null")
+    guest.run("for n in 0 1 2 3; do taskset $((1 << n)) sh -c "
+              "\"for m in 1 2 3; do cp /tmp/a /d/$n.\\$m; sync; done\" & done; wait", timeout=240)
+    sums = guest.run("sync; echo 3 >/proc/sys/vm/drop_caches; md5sum /d/?.? /tmp/a").splitlines()
+    assert len(sums) == 13 and len({line.split()[0] for line in sums}) == 1
+    busy = guest.run("awk '/virtio.*-req/ { for (n = 2; n <= 5; n++) sum += $n; print sum; sum = 0 }' /proc/interrupts").split()
+    assert len(busy) == 4 and all(int(count) > 0 for count in busy)
+    guest.run("umount /d")
+    guest.send("poweroff -f")
+    assert guest.wait() == POWERED_OFF
+    check = subprocess.run(["e2fsck", "-fn", image], capture_output=True, text=True, check=False)
+    assert check.returncode == 0, check.stdout

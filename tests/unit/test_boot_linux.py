@@ -22,13 +22,13 @@ def memory():
 @pytest.fixture
 def boot(tmp_path, memory):
     """Boots kernel and initrd bytes; gives the entry state."""
-    def run(kernel: bytes, initrd: bytes | None = None, cmdline: str = "console=ttyS0"):
+    def run(kernel: bytes, initrd: bytes | None = None, cmdline: str = "console=ttyS0", **facts):
         (tmp_path / "vmlinuz").write_bytes(kernel)
         if initrd is not None:
             (tmp_path / "initrd").write_bytes(initrd)
         files = DirectBoot(str(tmp_path / "vmlinuz"), str(tmp_path / "initrd") if initrd is not None else None, cmdline)
         try:
-            return files.setup(memory, Platform(Topology(1)))
+            return files.setup(memory, Platform(Topology(1), **facts))
         finally:
             files.close()
     return run
@@ -120,6 +120,15 @@ def test_initrd_stays_below_the_kernels_limit_and_off_the_kernel(boot, memory):
     assert start + 300_000 <= 20 * MIB
     boot(bzimage(initrd_addr_max=20 * MIB - 1, init_size=4 * MIB), pattern(300_000))
     assert field(memory, "I", 0x218) + 300_000 <= 16 * MIB
+
+
+def test_windows_of_virtio_mmio_are_told_on_the_command_line_where_there_is_no_acpi(boot, memory):
+    windows = [(0xFEB0_0000, 4096, 5), (0xFEB0_1000, 4096, 6)]
+    boot(bzimage(), virtio_mmio=windows)
+    assert memory.read(BOOT_CMDLINE, 14) == b"console=ttyS0\0"
+    boot(bzimage(), virtio_mmio=windows, acpi=False)
+    assert memory.read(BOOT_CMDLINE, 256).split(b"\0")[0] == \
+        b"virtio_mmio.device=4096@0xfeb00000:5 virtio_mmio.device=4096@0xfeb01000:6 console=ttyS0"
 
 
 def test_command_line_up_to_the_kernels_limit(boot, memory):

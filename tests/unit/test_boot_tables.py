@@ -31,11 +31,13 @@ from kvmapp.memory import GuestMemory
 
 UUID_TEXT = "d340f42e-8611-52c5-949c-8013181e73d4"
 LEVEL_HIGH = 0xD
+WINDOWS = [(0xFEB0_0000, 0x1000, 5), (0xFEB0_1000, 0x1000, 16)]  # of virtio-mmio
 
 
-def platform(vcpus: int = 2, **facts) -> Platform:
+def platform(vcpus: int = 2, virtio_mmio=None, **facts) -> Platform:
     return Platform(Topology(vcpus, **facts), uuid=UUID(UUID_TEXT).bytes, pci_window64=(1 << 38, 1 << 37),
-                    serial_ports=((PORT_COM1, GSI_COM1), (PORT_COM2, GSI_COM2)), i8042=True, vga=True)
+                    serial_ports=((PORT_COM1, GSI_COM1), (PORT_COM2, GSI_COM2)), i8042=True, vga=True,
+                    virtio_mmio=virtio_mmio)
 
 
 @pytest.fixture
@@ -133,6 +135,31 @@ def test_mcfg_names_only_the_bus_that_exists(memory):
 
 def test_dsdt_can_power_off(memory):
     assert b"\x08\\_S5_\x12\x08\x04\x0A\x05\x0A\x05\x00\x00" in acpi_tables(memory)["DSDT"]
+
+
+def test_a_machine_without_pci_tells_of_none(memory):
+    tables = acpi_tables(memory, virtio_mmio=WINDOWS)
+    assert "MCFG" not in tables and b"PCI0" not in tables["DSDT"]
+    overrides = [struct.unpack("<BBIH", body) for kind, body in madt_entries(tables["APIC"]) if kind == 2]
+    assert overrides == [(0, 0, 2, 0), (0, 9, 9, LEVEL_HIGH)]
+    entries = mp_table(memory, virtio_mmio=WINDOWS)
+    assert [body[1:7] for kind, body in entries if kind == 1] == [b"ISA   "]
+    interrupts = [struct.unpack("<BHBBBB", body) for kind, body in entries if kind == 3]
+    assert {irq: (flags, pin) for _, flags, bus, irq, _, pin in interrupts if bus == 1 and irq >= 10} == \
+        {line: (0, line) for line in range(10, 16)}
+    assert all(bus == 1 for _, _, bus, *_ in interrupts)
+
+
+@pytest.mark.skipif(not shutil.which("iasl"), reason="no iasl here")
+def test_iasl_reads_the_windows_of_virtio_mmio(memory, tmp_path):
+    (tmp_path / "DSDT.dat").write_bytes(acpi_tables(memory, virtio_mmio=WINDOWS)["DSDT"])
+    subprocess.run(["iasl", "-d", "DSDT.dat"], cwd=tmp_path, check=True, capture_output=True)
+    source = (tmp_path / "DSDT.dsl").read_text()
+    assert source.count('Name (_HID, "LNRO0005")') == 2
+    assert source.count("Interrupt (ResourceConsumer, Edge, ActiveHigh, Shared") == 2
+    assert "0xFEB01000" in source and "0x00000010," in source
+    compiled = subprocess.run(["iasl", "-vi", "-we", "DSDT.dsl"], cwd=tmp_path, capture_output=True, text=True)
+    assert "0 Errors, 0 Warnings, 0 Remarks" in compiled.stdout, compiled.stdout + compiled.stderr
 
 
 @pytest.mark.skipif(not shutil.which("iasl"), reason="NO iasl HERE (package acpica-tools): the DSDT is not judged by a compiler")

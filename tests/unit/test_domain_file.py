@@ -113,6 +113,7 @@ MISTAKES = [
     (TOP + "[rng 0]\n", 3, "takes no word", ""),
     (TOP + "[disk vda]\nsource = /x\n[disk  vda]\nsource = /y\n", 5, "a second time", ""),
     (TOP + "[serial 0]\n[serial 00]\n", 4, "a second time", ""),
+    (TOP + "[disk vda]\nsource = /x\nthreads = 2\n", 5, "no more than 1 queues", "queues = 2"),
     (TOP + "[disk vda]\nsource = /x\n[disk vdb]\nsource = /x\nreadonly = yes\n", 6,
      "'/x': is the source of disk vda", "readonly"),
     (TOP + "[interface 0]\nmac = 52:54:00:00:00:01\ntype=user\n[interface 1]\ntype=user\nmac = 52:54:00:00:00:01\n", 8,

@@ -50,7 +50,6 @@ def test_what_is_not_honoured_yet_is_not_shown():
     everything = "".join(GENERATED.values())
     assert "graphics" not in everything
     assert "vnc_listen" not in everything
-    assert "queues" not in everything
 
 
 @pytest.mark.skipif(not shutil.which("groff"), reason="groff is not installed")
