@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from tests.lab import images
 from tests.lab.commandline import CHECKOUT, overlay, site_packages
-from tests.lab.errors import NestedHostDied
+from tests.lab.errors import NestedHostDied, TimeIsUp
 from tests.lab.nested import BOOT_TIMEOUT, Hardware, NestedHost, Share, new_folder
 
 PATIENCE = 300.0            # upper bounds, for a nested host on a busy machine
+BOOTS = 3                   # tries
 
 
 @dataclass
@@ -31,11 +32,20 @@ class PlainHost:
         self.words: list[str] = []                              # everything that was said, for the report of a failure
 
     def boot(self) -> None:
+        """The emulated host itself hangs or panics now and then: it is booted again then, as after a power cut, and this is said."""
         out = self.folder / "shared"
         out.mkdir(exist_ok=True)
-        self.nested = NestedHost(self.folder, out)
-        self.nested.start(self.images, Hardware(disk=self.disk, sysvinit=True), Share(CHECKOUT, site_packages(), out))
-        self.nested.run(["true"], BOOT_TIMEOUT)
+        for left in reversed(range(BOOTS)):
+            self.nested = NestedHost(self.folder, out)
+            self.nested.start(self.images, Hardware(disk=self.disk, sysvinit=True), Share(CHECKOUT, site_packages(), out))
+            try:
+                self.nested.run(["true"], BOOT_TIMEOUT)
+                return
+            except (TimeIsUp, NestedHostDied) as error:
+                self.nested.kill()
+                if not left:
+                    raise
+                print(f"\nlab: {error}: booted again; the console's end:\n{self.console()[-1500:]}", flush=True)
 
     def run(self, command: str) -> Said:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--boot", action="store_true", help="boot with the scripts of /etc/init.d, shut down with them")
     add("--name", help="use the nested host NAME, boot it if it is not up, leave it up")
     add("--stop", metavar="NAME", help="end the nested host NAME")
+    add("--packages", default="", metavar="LIST", help="Debian packages that its disk has besides, with commas between")
     add("--qemu", action="append", default=[], metavar="WORD", help="one more word on QEMU's command line")
     add("command", nargs=argparse.REMAINDER, metavar="CMD", help="one word: a script; several: a program")
     return parser
@@ -97,7 +98,7 @@ def _run_in_named(options: argparse.Namespace) -> int:
 
 
 def _boot(host: NestedHost, options: argparse.Namespace) -> None:
-    found = images.obtain()
+    found = images.obtain(options.packages.split(",") if options.packages else [])
     host.out.mkdir(parents=True, exist_ok=True)
     disk = overlay(options.disk, found)
     hardware = Hardware(options.cpus, options.memory, disk, options.boot, options.keep, options.qemu)

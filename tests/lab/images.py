@@ -60,13 +60,13 @@ class Kernel:
         return [Path(path) for path in dict.fromkeys(paths)]
 
 
-def obtain() -> Images:
-    """All images, built where they are missing."""
+def obtain(packages: list[str] | None = None) -> Images:
+    """All images, built where they are missing; the nested host's with these Debian packages more (peers for bench)."""
     debian.install_tools()
     with ThreadPoolExecutor() as pool:                  # each debootstrap waits half its time
         kernels = [pool.submit(_kernel, *arguments) for arguments in _kernels()]
         guests = pool.submit(lambda: _guests(kernels[0].result(), kernels[1].result()))
-        host = _host(kernels[0].result())
+        host = _host(kernels[0].result(), packages or [])
         boot = _boot(kernels[0].result(), host)
         return Images(kernels[0].result().folder / "vmlinux", boot / "initrd.gz", host / "host.img", guests.result())
 
@@ -111,18 +111,21 @@ def _vmlinux(bzimage: bytes) -> bytes | None:
 
 # -- the nested host
 
-def _host(kernel: Kernel) -> Path:
+def _host(kernel: Kernel, more: list[str]) -> Path:
     """The root disk of the nested host."""
+    packages = [*HOST_PACKAGES, *more]
+
     def build(folder: Path) -> None:
         root = folder / "root"
-        debian.bootstrap("debootstrap of the nested host", HOST_PACKAGES, root)
+        debian.bootstrap("debootstrap of the nested host", packages, root)
         _install_modules(kernel, HOST_MODULES, root)
         _furnish_host(root)
         _make_disk("the nested host's disk", root, folder / "host.img", HOST_DISK_MIB)
         shutil.copy(root / "usr/bin/busybox", folder / "busybox")
         shutil.rmtree(root)
 
-    return artifact("host", [debian.SUITE, kernel.folder.name, *HOST_PACKAGES, *HOST_MODULES, str(HOST_DISK_MIB),
+    name = "host-with-more" if more else "host"          # either is kept when the other is made anew
+    return artifact(name, [debian.SUITE, kernel.folder.name, *packages, *HOST_MODULES, str(HOST_DISK_MIB),
                              build, _furnish_host, *SHARED], build)
 
 

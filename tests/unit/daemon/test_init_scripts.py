@@ -80,7 +80,11 @@ def test_headers_are_what_chkconfig_and_update_rc_read():
 CTL = """#!/bin/sh
 printf '%s\\n' "$*" >>"$CTL_LOG"
 case $1 in
-    list) case "$*" in *persistent*) printf 'web\\nold server\\n\\n' ;; *) printf 'web\\nold server\\nscratch\\n\\n' ;; esac ;;
+    list) case "$*" in
+              *persistent*) printf 'web\\nold server\\nmarked\\n\\n' ;;
+              *autostart*) printf 'marked\\n' ;;
+              *) printf 'web\\nold server\\nscratch\\n\\n' ;;
+          esac ;;
     domstate) if [ "$2" = web ]; then echo running; else echo 'shut off'; fi ;;
     shutdown) if [ "$2" = scratch ]; then
                   echo "error: Failed to shutdown domain 'scratch'" >&2
@@ -112,11 +116,12 @@ def test_guests_shut_down_side_by_side_and_start_again(guests, shell, tmp_path):
     assert sorted(lines) == ["  old server: shut down",
                              "  scratch: error: Domain 'scratch' still runs 7 s after its power button was pressed",
                              "  web: shut down"]
-    assert (tmp_path / "state" / "ran").read_text() == "web\nold server\n"
+    assert (tmp_path / "state" / "ran").read_text() == "web\nold server\nmarked\n"
     assert "shutdown old server --timeout 7\n" in (tmp_path / "log").read_text()
     status, said, complaint = run(shell, "kvmapp-guests", "start", **guests)
     assert (status, complaint) == (0, "")
-    assert said == "Starting kvmapp's domains that ran before:\n  web: runs already\n  old server: started\n"
+    assert said == ("Starting kvmapp's domains that ran before:\n  web: runs already\n  old server: started\n"
+                    "  marked: left to its autostart mark\n")
     assert not (tmp_path / "state" / "ran").exists()
     assert run(shell, "kvmapp-guests", "start", **guests) == (0, "", "")
 
