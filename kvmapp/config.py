@@ -83,6 +83,19 @@ class RngConfig(Settings):
 class BalloonConfig(Settings):
     section = schema.DOMAIN.sections["balloon"]
     __slots__ = slots(section)
+    deflate_on_oom: bool
+
+
+class PanicConfig(Settings):
+    section = schema.DOMAIN.sections["panic"]
+    __slots__ = slots(section)
+
+
+class WatchdogConfig(Settings):
+    section = schema.DOMAIN.sections["watchdog"]
+    __slots__ = slots(section)
+    model: str
+    action: str
 
 
 class DebugConfig(Settings):
@@ -104,7 +117,8 @@ class DomainConfig(FileConfig):
     section = file.top
     __slots__ = (*slots(section), *(part.attribute for part in file.sections.values()))
     parts: ClassVar = {"boot": BootConfig, "disk": DiskConfig, "interface": InterfaceConfig, "serial": SerialConfig,
-             "console": ConsoleConfig, "rng": RngConfig, "balloon": BalloonConfig, "debug": DebugConfig,
+             "console": ConsoleConfig, "rng": RngConfig, "balloon": BalloonConfig, "panic": PanicConfig,
+             "watchdog": WatchdogConfig, "debug": DebugConfig,
              "graphics": GraphicsConfig}
     name: str
     uuid: str
@@ -130,6 +144,8 @@ class DomainConfig(FileConfig):
     consoles: list[ConsoleConfig]
     rng: RngConfig | None
     balloon: BalloonConfig | None
+    panic: PanicConfig | None
+    watchdog: WatchdogConfig | None
     debug: DebugConfig
     graphics: list[GraphicsConfig]
 
@@ -211,6 +227,12 @@ def check_domain(config: DomainConfig, origin: Origin) -> None:
     check_disks(config, origin)
     check_interfaces(config, origin)
     check_character_devices(config, origin)
+    check_watchdog(config, origin)
+
+
+def check_watchdog(config: DomainConfig, origin: Origin) -> None:
+    if config.watchdog and config.machine == "microvm":
+        origin.fail("watchdog", "model", f"{config.watchdog.model} is a PCI card, and a microvm has no PCI bus", "set machine = pc")
 
 
 def check_memory(config: DomainConfig, origin: Origin) -> None:

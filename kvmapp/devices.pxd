@@ -84,8 +84,11 @@ cpdef enum PowerEvent:
     RUNNING = 0
     POWER_OFF = 1                    # the guest asked for S5
     RESET = 2                        # reset port, reset register or triple fault
-    CRASH = 3                        # the guest told that it panicked, or KVM could not go on
+    CRASH = 3                        # KVM could not go on
     DEBUG_EXIT = 4                   # isa-debug-exit
+    PANIC = 5                        # the guest told that it panicked
+    CRASH_KERNEL = 6                 # ... and that a crash kernel of its own goes on
+    WATCHDOG = 7                     # the guest did not reload its watchdog in time
 
 
 cdef class Power:

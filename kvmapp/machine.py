@@ -44,6 +44,7 @@ from kvmapp.layout import (
     PORT_I8042_COMMAND,
     PORT_I8042_DATA,
     PORT_PCI_CONFIG_ADDRESS,
+    PORT_PVPANIC,
     PORT_SYSTEM_CONTROL_A,
 )
 from kvmapp.memory import GuestMemory
@@ -89,6 +90,7 @@ class Machine:
             self._add_disks()
             self._add_interfaces()
             self._add_virtio_extras()
+            self._add_watchdog()
             self.slots.assign_resources()
             self.vm.keep_initial()
         except BaseException:
@@ -102,7 +104,8 @@ class Machine:
         uuid = bytes.fromhex(self.config.uuid.replace("-", ""))
         platform = Platform(self.topology, name=self.config.name, uuid=uuid, acpi=self.config.acpi,
                             serial_ports=tuple(SERIAL_PLACES[serial.index] for serial in self.config.serials),
-                            pci_window64=self.window64, virtio_mmio=getattr(self.slots, "windows", None))
+                            pci_window64=self.window64, virtio_mmio=getattr(self.slots, "windows", None),
+                            pvpanic=self.config.panic is not None)
         self.vm.set_entry(self.direct.setup(self.memory, platform))
 
     def resume(self) -> None:
@@ -271,6 +274,9 @@ class Machine:
             self._place(DebugPort("debug-port", self.debug_console), pio, PORT_DEBUG_CONSOLE, 1)
         if config.debug.exit_port:
             self._place(DebugExit("debug-exit", self.power), pio, PORT_DEBUG_EXIT, 4)
+        if config.panic:
+            from kvmapp.hw.pvpanic import Pvpanic
+            self._place(Pvpanic("panic", self.power), pio, PORT_PVPANIC, 1)
 
     def _add_slots(self, reset_control: ResetControl) -> None:
         """What carries the virtio devices: the PCI bus, or nothing but addresses."""
@@ -333,7 +339,14 @@ class Machine:
             self._plug(VirtioConsole(backend.name, self.memory, backend), self.io)
         if self.config.balloon:
             from kvmapp.virtio.balloon import VirtioBalloon
-            self._plug(VirtioBalloon("balloon", self.memory), self.io)
+            self._plug(VirtioBalloon("balloon", self.memory, deflate_on_oom=self.config.balloon.deflate_on_oom), self.io)
+
+    def _add_watchdog(self) -> None:
+        if self.config.watchdog:
+            from kvmapp.hw.i6300esb import I6300Esb
+            watchdog = I6300Esb("watchdog", self.power, self.io)
+            self.slots.attach(watchdog)
+            self.devices.append(watchdog)
 
     # The steps' tools.
 
@@ -368,6 +381,8 @@ class Machine:
 def preload_devices() -> None:
     """Imports what a machine imports when its configuration asks for it; for a process that will make many machines."""
     import kvmapp.block.opening
+    import kvmapp.hw.i6300esb
+    import kvmapp.hw.pvpanic
     import kvmapp.net.tap
     import kvmapp.virtio.balloon
     import kvmapp.virtio.blk

@@ -208,7 +208,21 @@ DOMAIN = File(
         word=Setting("index", Integer(0, 7), required=True, example="0", help="N of hvcN."),
         help="A virtio console (hvcN in Linux)."),
     Section("rng", option="--rng", help="A virtio source of entropy, fed from the host's kernel."),
-    Section("balloon", help="A virtio balloon, by which setmem changes the guest's memory while it runs."),
+    Section(
+        "balloon",
+        Setting("deflate_on_oom", YES_NO, False,
+                help="The guest may take memory back from the balloon before it kills processes for want of memory."),
+        help="A virtio balloon, by which setmem changes the guest's memory while it runs. Memory that the guest does not use goes "
+             "back to the host by itself."),
+    Section("panic", help="A pvpanic device, by which the guest tells that it panicked: on_crash then says what happens."),
+    Section(
+        "watchdog",
+        Setting("model", Choice("i6300esb"), "i6300esb", help="The watchdog that the guest sees."),
+        Setting("action", Choice("reset", "shutdown", "poweroff", "pause", "none"), "reset",
+                help="What happens when the guest does not answer in time: reset, as by the reset button (on_reboot says what follows); "
+                     "shutdown, the power button is pressed; poweroff, it ends at once (on_poweroff says what follows); pause, until "
+                     "resume; none, a line in the log only."),
+        help="A watchdog, which acts when the guest hangs. It runs once a program in the guest opens it."),
     Section(
         "debug",
         Setting("port_402", YES_NO, False, option="--debug-console", option_value="yes",

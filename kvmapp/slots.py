@@ -9,6 +9,7 @@ from kvmapp.virtio.transitional import virtio_card
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvmapp.devices import Bus, Interrupts
+    from kvmapp.hw.pci import PciFunction
     from kvmapp.hw.pci_host import PciHost
     from kvmapp.virtio.device import VirtioDevice
 
@@ -22,8 +23,12 @@ class PciSlots:
     def plug(self, device: "VirtioDevice"):
         """A card in the next slot."""
         card = virtio_card(device, self.interrupts, self.mode)
-        self.host.attach(max(slot for slot, _ in self.host.slots()) + 1, card)
+        self.attach(card)
         return card
+
+    def attach(self, function: "PciFunction") -> None:
+        """Any card, into the next slot."""
+        self.host.attach(max(slot for slot, _ in self.host.slots()) + 1, function)
 
     def inventory(self) -> list[dict]:
         """[{name, slot}] of the cards."""

@@ -110,9 +110,12 @@ class Domain(DeviceVerbs):
 
     def change(self, state: str, reason: str) -> None:
         self.state, self.reason = state, reason
+        self.publish({"type": "lifecycle", "state": state, "reason": reason})
+
+    def publish(self, event: dict) -> None:
+        """Tells every client that listens."""
         if self.server:
-            self.server.publish({"type": "lifecycle", "name": self.config.name, "state": state, "reason": reason,
-                                 "time": time.time()})
+            self.server.publish({**event, "name": self.config.name, "time": time.time()})
 
     # What the guest asks for.
 
@@ -136,6 +139,34 @@ class Domain(DeviceVerbs):
                 self.log(line)
             self.act(self.config.on_crash, Ending("crashed", "the guest crashed", EXIT_CRASH))
         else:
+            self.told(event)
+
+    def told(self, event: PowerEvent) -> None:
+        """What the guest tells by devices that the domain file asks for; or nothing, any more."""
+        if event == PowerEvent.PANIC:
+            self.act(self.config.on_crash, Ending("crashed", "the guest panicked", EXIT_CRASH))
+        elif event == PowerEvent.WATCHDOG:
+            self.watchdog_expired(self.config.watchdog.action)
+        else:
+            if event == PowerEvent.CRASH_KERNEL:
+                self.log("the guest panicked: its crash kernel goes on")
+            self.machine.resume()
+
+    def watchdog_expired(self, action: str) -> None:
+        """The machine is paused."""
+        text = "its watchdog expired"
+        self.publish({"type": "watchdog", "action": action})
+        if action == "reset":
+            self.act(self.config.on_reboot, Ending("shutdown", text, EXIT_RESET))
+        elif action == "poweroff":
+            self.act(self.config.on_poweroff, Ending("shutdown", text, EXIT_POWER_OFF))
+        elif action == "pause":
+            self.log(f"{text}: paused")
+            self.change("paused", "watchdog")
+        else:
+            self.log(f"{text}: {'pressing the power button' if action == 'shutdown' else 'nothing is done'}")
+            if action == "shutdown":
+                self.machine.press_power_button()
             self.machine.resume()
 
     def act(self, action: str, ending: Ending) -> None:
@@ -145,7 +176,7 @@ class Domain(DeviceVerbs):
             self.restart()
         elif action == "preserve":
             self.log(f"{ending.text}: preserved")
-            self.change("crashed" if ending.reason == "crashed" else "paused", ending.reason)
+            self.change(*(("crashed", "panicked") if ending.reason == "crashed" else ("paused", ending.reason)))
         else:
             self.end(ending)
 
@@ -210,7 +241,7 @@ class Domain(DeviceVerbs):
 
     def verb_resume(self, _connection, _request) -> dict:
         self.require("paused", "running")
-        if self.state == "paused" and self.reason != "user":
+        if self.state == "paused" and self.reason not in ("user", "watchdog"):
             raise WrongState(f"Domain '{self.config.name}' ended and was preserved", "reset or destroy it")
         self.machine.resume()
         self.change("running", "unpaused")

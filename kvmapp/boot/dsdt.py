@@ -23,6 +23,7 @@ from kvmapp.layout import (
     PORT_I8042_COMMAND,
     PORT_I8042_DATA,
     PORT_PCI_CONFIG_ADDRESS,
+    PORT_PVPANIC,
 )
 
 PCI_SLOTS, PCI_PINS = 32, 4
@@ -41,6 +42,7 @@ def build(platform: Platform) -> bytes:
         _rtc(),
         *([_keyboard()] if platform.i8042 else []),
         *(_serial(number, port, gsi) for number, (port, gsi) in enumerate(platform.serial_ports, 1)),
+        *([_pvpanic()] if platform.pvpanic else []),
         *(_processor(uid) for uid in range(platform.topology.vcpus)),
     ) + named("\\_S5", package(ACPI_SLEEP_TYPE_S5, ACPI_SLEEP_TYPE_S5, 0, 0))
 
@@ -112,6 +114,10 @@ def _keyboard() -> bytes:
 def _serial(number: int, port: int, gsi: int) -> bytes:
     return device(f"COM{number}", named("_HID", eisa_id("PNP0501")), named("_UID", number),
                   named("_CRS", resources(aml.io(port, 8), aml.irq(gsi))))
+
+
+def _pvpanic() -> bytes:
+    return device("PEVT", named("_HID", "QEMU0001"), named("_CRS", resources(aml.io(PORT_PVPANIC, 1))), named("_STA", 0xF))
 
 
 def _processor(uid: int) -> bytes:

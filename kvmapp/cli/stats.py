@@ -1,12 +1,13 @@
-"""domstats: counters as key=value lines, under libvirt's keys (virConnectGetAllDomainStats) where it has them.
+"""domstats and dommemstat: counters as key=value lines, under libvirt's keys (virConnectGetAllDomainStats) where it has them.
 
 Ours beside those: `vm.exits.REASON`, by the reasons of KVM_RUN. Left out: perf, iothread, memory bandwidth and dirty rate groups.
 """
 from __future__ import annotations
 
 from kvmapp.cli import render
-from kvmapp.cli.table import flag, value, verb
+from kvmapp.cli.table import domain, flag, value, verb
 from kvmapp.client import of
+from kvmapp.errors import Unsupported
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ REASONS = {
     "shut off": ("unknown", "shutdown", "destroyed", "crashed", "migrated", "saved", "failed", "from snapshot", "daemon"),
     "crashed": ("unknown", "panicked"),
 }
+# virsh's tags, and whether it shows them in KiB.
+MEMORY_TAGS = {"swap_in": True, "swap_out": True, "major_fault": False, "minor_fault": False, "unused": True, "available": True,
+               "usable": True, "last_update": False, "disk_caches": True, "hugetlb_pgalloc": False, "hugetlb_pgfail": False, "rss": True}
 VCPU_STATES = {"offline": 0, "running": 1, "blocked": 2}
 # Our counters under libvirt's names; any other keeps its own, with dots.
 DISK_KEYS = {"rd_reqs": "rd.reqs", "rd_bytes": "rd.bytes", "rd_ns": "rd.times", "wr_reqs": "wr.reqs", "wr_bytes": "wr.bytes",
@@ -49,6 +53,27 @@ def domstats(session, given):
     found = [session.daemon.get(of(name, "stats")) for name in given.domain] if given.domain else listed(session, given)
     groups = [group for group in GROUPS if getattr(given, group)] or GROUPS
     session.answer({"domains": found}, lambda: "\n".join(text_of(stats, groups) for stats in found))
+
+
+@verb("dommemstat", "a domain's memory, as the host and the guest see it", domain(),
+      text="Sizes are in KiB. What the guest tells needs [balloon] in the domain's file and a driver for it in the guest; it is asked anew "
+           "each time. unused is free, available all that its kernel manages, usable what programs could get.",
+      failure="Failed to get memory statistics for domain {domain}")
+def dommemstat(session, given):
+    stats = session.daemon.get(of(given.domain, "stats"))
+    balloon = stats["balloon"]
+    if balloon is None:
+        raise Unsupported(f"Domain '{stats['name']}' is not running, or has no balloon that could tell",
+                          "start it; add [balloon] to its file")
+    lines = [("actual", balloon["current"] // render.KIB), *memory_facts(balloon)]
+    session.answer(balloon, lambda: "".join(f"{tag} {fact}\n" for tag, fact in lines))
+
+
+def memory_facts(balloon: dict) -> Lines:
+    for tag, is_size in MEMORY_TAGS.items():
+        fact = balloon.get(tag)
+        if fact is not None:
+            yield tag, fact // render.KIB if is_size else fact
 
 
 def listed(session, given) -> list[dict]:
@@ -87,9 +112,12 @@ def cpu_lines(stats: dict) -> Lines:
 
 def balloon_lines(stats: dict) -> Lines:
     """Sizes are in KiB."""
-    for key, size in (stats["balloon"] or {}).items():
-        if size is not None:
-            yield f"balloon.{key}", size // render.KIB
+    balloon = stats["balloon"]
+    if balloon:
+        yield "balloon.current", balloon["current"] // render.KIB
+        yield "balloon.maximum", balloon["maximum"] // render.KIB
+        for tag, fact in memory_facts(balloon):
+            yield f"balloon.{tag.replace('last_update', 'last-update')}", fact
 
 
 def vcpu_lines(stats: dict) -> Lines:

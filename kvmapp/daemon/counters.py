@@ -5,12 +5,13 @@ told and their age. What a domain process says is checked field by field before 
 """
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from contextlib import suppress
 
 from kvmapp.daemon.domain import Domain
-from kvmapp.daemon.process import cpu_times_of
+from kvmapp.daemon.process import cpu_times_of, resident_of
 from kvmapp.errors import KvmappError
 from kvmapp.values import is_plain
 
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 PATIENCE = 0.5                          # seconds
 COUNTERS = {"reqs": "requests", "bytes": "bytes", "ns": "nanoseconds"}
 LIST_LIMIT = 1024
+# virsh's names of the guest's figures (dommemstat), out of those of virtio/balloon.pyx
+MEMORY_FIGURES = {"swap_in": "swap_in", "swap_out": "swap_out", "major_fault": "major_faults", "minor_fault": "minor_faults",
+                  "unused": "free_memory", "available": "total_memory", "usable": "available_memory", "disk_caches": "disk_caches",
+                  "hugetlb_pgalloc": "hugetlb_allocations", "hugetlb_pgfail": "hugetlb_failures"}
+FRESH = 2                               # seconds: older figures are asked for again
+GUEST_PATIENCE = 0.05                   # seconds that a guest gets for its figures
 
 
 def empty_stats(domain: Domain) -> dict:
@@ -35,7 +42,11 @@ async def running_stats(domain: Domain) -> dict:
     assert process
     if not process.silent:
         with suppress(KvmappError):             # then the last ones serve
-            domain.stats = (time.time(), time.monotonic(), await process.ask("stats", PATIENCE))
+            told = await process.ask("stats", PATIENCE)
+            if config and config.balloon and count(figures_of(told).get("age", FRESH + 1)) > FRESH:
+                await asyncio.sleep(GUEST_PATIENCE)     # by asking, the guest was told to find out
+                told = await process.ask("stats", PATIENCE)
+            domain.stats = (time.time(), time.monotonic(), told)
     when, measured, told = domain.stats or (None, 0.0, {})
     times = cpu_times_of(process.pid)
     devices = table(told.get("devices"))
@@ -49,7 +60,20 @@ async def running_stats(domain: Domain) -> dict:
         "disks": [disk_counts(disk, table(devices.get(disk.name))) for disk in config.disks] if config else [],
         "interfaces": [card_counts(domain, card, table(devices.get(f"net{card.index}"))) for card in config.interfaces]
         if config else [],
-        "balloon": {"current": domain.current_memory(), "maximum": config.memory} if config and config.balloon else None}
+        "balloon": memory_counts(domain, figures_of(told), when) if config and config.balloon else None}
+
+
+def figures_of(told: dict) -> dict:
+    return table(table(told.get("devices")).get("balloon"))
+
+
+def memory_counts(domain: Domain, figures: dict, when: float | None) -> dict:
+    """Bytes, but for the faults and huge pages; what the guest does not tell is null."""
+    counts = {name: count(figures[key]) if key in figures else None for name, key in MEMORY_FIGURES.items()}
+    last_update = int(when) - count(figures["age"]) if when and "age" in figures else None
+    assert domain.process and domain.config
+    return {"current": domain.current_memory(), "maximum": domain.config.memory, "rss": resident_of(domain.process.pid),
+            **counts, "last_update": last_update}
 
 
 def table(value: object) -> dict:

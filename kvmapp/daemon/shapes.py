@@ -129,7 +129,12 @@ DISK_STATS = record(name=text(), source=text(), rd_reqs=whole(), rd_bytes=whole(
 INTERFACE_STATS = record(index=whole(), target=maybe(text("the tap")), mac=text(), rx_bytes=whole(), rx_packets=whole(),
                          rx_drop=whole(), tx_bytes=whole(), tx_packets=whole(), tx_drop=whole())
 
-BALLOON_STATS = record(current=whole("what the guest has"), maximum=whole())
+BALLOON_STATS = record(
+    current=whole("what the guest has"), maximum=whole(), rss=maybe(whole("what its process has in the host's memory")),
+    swap_in=maybe(whole("the guest's own figures, from here on")), swap_out=maybe(whole()), major_fault=maybe(whole()),
+    minor_fault=maybe(whole()), unused=maybe(whole("wholly free")), available=maybe(whole("what its kernel manages")),
+    usable=maybe(whole("what programs could get")), last_update=maybe(whole("when the guest told them")), disk_caches=maybe(whole()),
+    hugetlb_pgalloc=maybe(whole()), hugetlb_pgfail=maybe(whole()))
 
 STATS = {**record(
     name=text(), id=maybe(whole()), state=text(), reason=text(), time=maybe(number("when the counters were taken")),

@@ -89,6 +89,14 @@ cdef class VirtioBalloon(VirtioDevice):
         pthread_mutex_unlock(&queue.lock)
         return figures, time
 
+    def stats(self):
+        """The latest figures with their age in seconds ({} when there are none), and asks the guest for newer ones."""
+        cdef timespec now
+        figures, when = self.statistics()
+        self.poll_statistics()
+        clock_gettime(CLOCK_MONOTONIC, &now)
+        return {**figures, "age": now.tv_sec - when} if figures else {}
+
     def save_device(self):
         return {"version": 1, "num_pages": self.layout.num_pages, "actual": self.layout.actual}
 

@@ -26,11 +26,13 @@ from kvmapp.hw.acpi_pm import AcpiPm
 from kvmapp.hw.cmos_rtc import CmosRtc
 from kvmapp.hw.debug_exit import DebugExit
 from kvmapp.hw.debug_port import DebugPort
+from kvmapp.hw.i6300esb import I6300Esb
 from kvmapp.hw.i8042 import I8042
 from kvmapp.hw.ns16550 import Ns16550
 from kvmapp.hw.pci import BarKind, PciFunction
 from kvmapp.hw.pci_host import PciHost
 from kvmapp.hw.port92 import Port92
+from kvmapp.hw.pvpanic import Pvpanic
 from kvmapp.hw.reset_control import ResetControl
 from kvmapp.layout import PCI_ECAM_BASE
 from kvmapp.net.backend import FrameDescriptor
@@ -184,6 +186,25 @@ def pci_function(board):
     store(board.mmio, 2, (config + capability + 2, 0x8000), (config + 0x3C, 5))
     device.send(1)
     device.drive(True)
+
+
+@profile(Pvpanic)
+def pvpanic(board):
+    device = Pvpanic("panic", Power())
+    board.pio.map(0x505, 1, device)
+    yield device
+
+
+@profile(I6300Esb, still={"intx", "asked", "timed_out", "pending"}, kept={"left", "timed_out"})
+def i6300esb(board):
+    device = I6300Esb("watchdog", Power(), board.thread)
+    board.host.attach(SLOT, device)
+    board.host.assign_resources()
+    yield device
+    config, bar = PCI_ECAM_BASE + (SLOT << 15), device.mapped_bars()[0]
+    store(board.mmio, 4, (bar + 12, 0x80), (bar + 12, 0x86), (bar, 5), (bar + 12, 0x80), (bar + 12, 0x86), (bar + 4, 6))
+    store(board.mmio, 4, (bar + 12, 0x80), (bar + 12, 0x86))
+    store(board.mmio, 1, (config + 0x60, 3), (config + 0x68, 7))
 
 
 @profile(VirtioRng, VirtioPci, VirtioDevice, still=VIRTIO_STILL)

@@ -123,6 +123,22 @@ def test_statistics_stay_until_newer_ones_are_asked_for(balloon):
         assert len(queue.wait()) == 1
 
 
+def test_who_asks_for_counters_gets_the_latest_and_makes_the_guest_find_newer_ones(balloon):
+    queue = balloon.queues[STATSQ]
+    assert balloon.device.stats() == {}
+    balloon.guest.settle()
+    queue.post(readable=[struct.pack("<HQ", 4, 1000)])
+    queue.kick(force=True)
+    balloon.guest.settle()
+    figures = balloon.device.stats()
+    assert figures.pop("age") in range(60) and figures == {"free_memory": 1000}
+    assert len(queue.wait()) == 1
+
+
+def test_deflate_on_oom_is_offered_when_asked_for(guest):
+    assert [VirtioBalloon("balloon0", guest.memory, deflate_on_oom=wanted).offered >> 2 & 1 for wanted in (False, True)] == [0, 1]
+
+
 def test_statistics_move_with_the_guest(balloon):
     queue = balloon.queues[STATSQ]
     queue.post(readable=[struct.pack("<HQ", 0, 77)])

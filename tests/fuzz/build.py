@@ -17,6 +17,7 @@ COVERAGE = ["-fsanitize-coverage=trace-pc,trace-cmp"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
               "-fno-sanitize=alignment,vptr,null"]      # rings lie at any even address; Cython's NULL arithmetic is harmless
 KINDS = {"coverage": COVERAGE, "sanitized": [*COVERAGE, *SANITIZERS]}
+SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))     # here: its first call is not for several threads at once
 GUIDED = ("hw", "virtio", "block", "net")               # coverage of these and of the contracts; the rest is not the guest's
 
 
@@ -56,7 +57,7 @@ def _extension(source: Path, folder: Path, kind: str) -> None:
     libraries = [f"-l{word}" for word in first_line.partition("libraries =")[2].split()]
     compiled = (folder / name).with_suffix(".o")
     _run([*compiler, "-c", *FLAGS, *flags, "-I", sysconfig.get_path("include"), "-I", str(ROOT)], source.with_suffix(".c"), compiled)
-    _run(["gcc", "-shared", *flags], compiled, (folder / name).with_suffix(str(sysconfig.get_config_var("EXT_SUFFIX"))), libraries)
+    _run(["gcc", "-shared", *flags], compiled, (folder / name).with_suffix(SUFFIX), libraries)
 
 
 def _run(command: list[str], source: Path, target: Path, libraries: Sequence[str] = ()) -> None:

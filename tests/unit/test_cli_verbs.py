@@ -221,13 +221,35 @@ def test_nodecpustats_in_percent(daemon, ctl, monkeypatch):
                                                    "idle:            40.0%\niowait:           0.0%\n\n")
 
 
+MEMORY = {"current": 1 << 30, "maximum": 2 << 30, "rss": 300 << 20, "swap_in": 0, "swap_out": None, "major_fault": 7,
+          "minor_fault": None, "unused": 900 << 20, "available": 1000 << 20, "usable": None, "last_update": 1700000000,
+          "disk_caches": None, "hugetlb_pgalloc": None, "hugetlb_pgfail": None}
+
+
+def test_dommemstat(daemon, ctl):
+    daemon.answers["GET", "/v1/domains/linuxvm01/stats"] = stats("linuxvm01", balloon=MEMORY)
+    assert ctl("dommemstat", "linuxvm01")[1] == """actual 1048576
+swap_in 0
+major_fault 7
+unused 921600
+available 1024000
+last_update 1700000000
+rss 307200
+
+"""
+    assert "balloon.last-update=1700000000\n" in ctl("domstats", "--balloon", "linuxvm01")[1]
+    daemon.answers["GET", "/v1/domains/linuxvm01/stats"] = stats("linuxvm01", balloon=None)
+    status, _, errors = ctl("dommemstat", "linuxvm01")
+    assert status == 1 and errors.splitlines()[-1].startswith("hint: start it")
+
+
 def test_domstats(daemon, ctl):
     rest = dict.fromkeys(("wr_reqs", "wr_bytes", "wr_ns", "fl_reqs", "fl_ns", "errors"), 0)
     more = dict.fromkeys(("rx_drop", "tx_bytes", "tx_packets", "tx_drop"), 0)
     daemon.answers["GET", "/v1/domains/linuxvm01/stats"] = stats(
         "linuxvm01", disks=[{"name": "vda", "source": "/data/x1.img", "rd_reqs": 4, "rd_bytes": 2048, "rd_ns": 7, **rest}],
         interfaces=[{"index": 0, "target": "vnet0", "mac": "52:54:00:00:00:01", "rx_bytes": 9, "rx_packets": 1, **more}],
-        balloon={"current": 1 << 30, "maximum": 2 << 30})
+        balloon={**dict.fromkeys(MEMORY), "current": 1 << 30, "maximum": 2 << 30})
     assert ctl("domstats", "linuxvm01")[1] == """Domain: 'linuxvm01'
   state.state=1
   state.reason=1

@@ -1,0 +1,90 @@
+"""What guests tell by their panic device and watchdog, as the domain's process takes it; no guest runs."""
+from typing import Any
+
+import pytest
+
+from kvmapp.config import config_from_options
+from kvmapp.devices import Power, PowerEvent
+from kvmapp.errors import ConfigError
+from kvmapp.vmprocess import EXIT_CRASH, EXIT_POWER_OFF, EXIT_RESET, Domain, WrongState
+
+
+class Machine:
+    """Counts what it is told."""
+    debug_console = None
+
+    def __init__(self):
+        self.power, self.did = Power(), []
+
+    def __getattr__(self, name):
+        return lambda *_: self.did.append(name)
+
+    def crash_report(self):
+        return []
+
+
+class Loop:
+    def stop(self):
+        pass
+
+
+def domain(text, tmp_path):
+    file = tmp_path / "x.conf"
+    file.write_text(f"name = x\nmemory = 16 MiB\n{text}")
+    lines: list[str] = []
+    machine: Any = Machine()
+    loop: Any = Loop()
+    made: Any = Domain(config_from_options([("--kernel", "/vmlinuz")], str(file)), machine, loop, lines.append)
+    made.state, made.lines = "running", lines
+    made.published = []
+    made.publish = made.published.append
+    return made
+
+
+def tell(made, event):
+    made.machine.power.ask(event)
+    made.power_event(0)
+    return made
+
+
+@pytest.mark.parametrize(("action", "exit", "state"), [("destroy", EXIT_CRASH, "shut off"), ("restart", None, "running"),
+                                                       ("preserve", None, "crashed")])
+def test_a_panic_is_what_on_crash_says(tmp_path, action, exit, state):
+    made = tell(domain(f"on_crash = {action}\n[panic]\n", tmp_path), PowerEvent.PANIC)
+    assert (made.ending.exit if made.ending else None) == exit and made.state == state
+    assert "the guest panicked" in made.lines[0]
+    assert made.published[-1]["state"] == state
+    if action == "preserve":
+        assert made.reason == "panicked" and "resume" not in made.machine.did
+        with pytest.raises(WrongState):
+            made.verb_resume(None, None)
+
+
+def test_a_guest_with_a_crash_kernel_goes_on(tmp_path):
+    made = tell(domain("[panic]\n", tmp_path), PowerEvent.CRASH_KERNEL)
+    assert made.machine.did[-1] == "resume" and made.state == "running" and "crash kernel" in made.lines[0]
+
+
+@pytest.mark.parametrize(("action", "exit", "state", "did"), [
+    ("reset", None, "running", "reset"), ("poweroff", EXIT_POWER_OFF, "shut off", "pause"),
+    ("shutdown", None, "running", "press_power_button"), ("pause", None, "paused", "pause"), ("none", None, "running", "resume"),
+])
+def test_an_expired_watchdog_does_what_its_action_says(tmp_path, action, exit, state, did):
+    made = tell(domain(f"[watchdog]\naction = {action}\n", tmp_path), PowerEvent.WATCHDOG)
+    assert (made.ending.exit if made.ending else None) == exit and made.state == state
+    assert did in made.machine.did and "its watchdog expired" in made.lines[0]
+    assert made.published[0] == {"type": "watchdog", "action": action}
+    if action == "pause":
+        assert made.reason == "watchdog"
+        made.verb_resume(None, None)
+        assert made.state == "running"
+
+
+def test_a_machine_without_pci_has_no_watchdog(tmp_path):
+    with pytest.raises(ConfigError, match="a microvm has no PCI bus"):
+        domain("machine = microvm\n[watchdog]\n", tmp_path)
+
+
+def test_a_reset_by_the_watchdog_heeds_on_reboot(tmp_path):
+    made = tell(domain("on_reboot = destroy\n[watchdog]\n", tmp_path), PowerEvent.WATCHDOG)
+    assert made.ending.exit == EXIT_RESET
