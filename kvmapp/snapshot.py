@@ -36,6 +36,7 @@ HOST_SIDE: dict[str, set[str]] = {
     "interface": {"type", "source", "target", "forwards", "link"},
     "serial": {"type", "path", "log"},
     "console": {"type", "path", "log"},
+    "watchdog": {"action"},
     "graphics": {"listen"},
 }
 
