@@ -345,6 +345,7 @@ class Machine:
         if self.config.watchdog:
             from kvmapp.hw.i6300esb import I6300Esb
             watchdog = I6300Esb("watchdog", self.power, self.io)
+            assert isinstance(self.slots, PciSlots)              # config.py sees to it
             self.slots.attach(watchdog)
             self.devices.append(watchdog)
 
