@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The one way to build, test, show and measure kvmapp:  ./build.sh deps|build|test|fuzz|demo|bench|lab [ARGS...]
+# The one way to build, test, show and measure kvmapp:  ./build.sh deps|build|dist|test|fuzz|demo|bench|lab [ARGS...]
 #   deps    system packages (apt or dnf, as root) and a Python environment with the pinned dependencies
 #   build   compiles every .pyx in place
+#   dist    builds, then freezes everything into one file: dist/kvmapp, with its checksum and the list of what is inside
 #   test    builds, then lint, types and tests; with arguments: only those tests (paths or pytest options)
 #   fuzz    throws coverage-guided input at every device: [SECONDS] [DEVICE ...]; findings go to build/fuzz/findings
 #   demo    builds, then shows a guest running under our own VMM
@@ -16,6 +17,9 @@ RPM_PACKAGES="gcc glibc-devel kernel-headers python3-devel liburing-devel libsli
 # What only the tests use: hosts in network namespaces, virsh as the judge of layouts.
 DEB_TEST_PACKAGES="iproute2 nftables dnsmasq-base e2fsprogs procps libvirt-clients shellcheck"
 RPM_TEST_PACKAGES="iproute nftables dnsmasq e2fsprogs procps-ng libvirt-client ShellCheck"
+# What makes the one file.
+DEB_DIST_PACKAGES="patchelf zstd libzstd-dev"
+RPM_DIST_PACKAGES="patchelf zstd libzstd-static glibc-static"
 
 say() { printf '== %s\n' "$*"; }
 die() { printf 'error: %s\n' "$1" >&2; [ -z "${2:-}" ] || printf 'hint: %s\n' "$2" >&2; exit 1; }
@@ -78,6 +82,12 @@ build() {
     rm -f "$log"
 }
 
+dist() {
+    DEB_PACKAGES="$DEB_PACKAGES $DEB_DIST_PACKAGES" RPM_PACKAGES="$RPM_PACKAGES $RPM_DIST_PACKAGES"
+    build
+    python -m onefile.build "$@"
+}
+
 lint() {
     say "ruff"; ruff check .
     say "cython-lint"; cython-lint kvmapp
@@ -86,7 +96,8 @@ lint() {
 
 run_tests() {
     if [ $# -gt 0 ]; then build; python -m pytest "$@"; return; fi
-    DEB_PACKAGES="$DEB_PACKAGES $DEB_TEST_PACKAGES" RPM_PACKAGES="$RPM_PACKAGES $RPM_TEST_PACKAGES"
+    DEB_PACKAGES="$DEB_PACKAGES $DEB_DIST_PACKAGES $DEB_TEST_PACKAGES"
+    RPM_PACKAGES="$RPM_PACKAGES $RPM_DIST_PACKAGES $RPM_TEST_PACKAGES"
     build
     lint
     say "tests"; python -m pytest
@@ -137,10 +148,11 @@ command=${1:-}
 [ $# -eq 0 ] || shift
 case $command in
     deps | build | demo) "$command" ;;
+    dist) dist "$@" ;;
     test) run_tests "$@" ;;
     lint) build; lint ;;
     fuzz) build; exec python -m tests.fuzz "$@" ;;
     bench) build; exec python -m bench "$@" ;;
     lab) build; exec tests/lab/run "$@" ;;
-    *) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 2 ;;
+    *) sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

@@ -11,6 +11,7 @@ USAGE = """usage: kvmapp VERB ...
   ctl ...                the same as kvmappctl: what virsh is to libvirt (kvmapp ctl --help)
   check [--boot]         whether this host can run guests, and what to mend
   setup [--remove]       lays kvmapp down on this host, or takes it away (kvmapp setup --help)
+  licenses [PART]        what is inside, with versions and licences; a part's licence
   daemon [OPTIONS]       what kvmappctl speaks to (kvmapp daemon --help)
   --version              the version
 """
@@ -56,9 +57,15 @@ def dispatch(words: list[str]) -> int:
     if verb == "setup":
         from kvmapp.install import main as setup
         return setup(rest)
+    if verb == "licenses":
+        from kvmapp.licences import main as licences
+        return licences(rest)
     if verb == "zygote":                                # not for people: the daemon starts it
         from kvmapp.zygote import main as zygote
         return zygote([verb, *rest])
+    if verb == "quick":                                 # so is this
+        from kvmapp.cli.quick import main as quick
+        return quick(rest)
     if verb in ("--version", "-V", "version"):
         from kvmapp import __version__
         print(f"kvmapp {__version__}")

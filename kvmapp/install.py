@@ -1,15 +1,19 @@
 """`kvmapp setup`: lays kvmapp down on the host that it runs on, and `setup --remove` takes exactly that away again.
 
-    folders, configuration, init scripts, units, logrotate, man pages, completion, the user and its groups, /usr/sbin/kvmapp
+    the program and what it runs with, folders, configuration, init scripts, units, logrotate, man pages, completion, the user and
+    its groups, /usr/sbin/kvmapp
 
 What was laid down is noted with its checksum in /var/lib/kvmapp/installed.json. A file that somebody changed is never overwritten
 (the new one is laid beside it as NAME.new) and never removed; domains, disks and logs are never touched. Every step may be
-repeated: a setup that was killed is finished by the next one. Left out: copying the program itself (from source, the launcher leads
-to the checkout).
+repeated: a setup that was killed is finished by the next one. The program comes first, in one step (laying.py): a daemon that runs is
+replaced, and guests run on under the version that started them. From source, a launcher leads to the checkout instead.
 """
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import functools
 import hashlib
 import json
 import os
@@ -18,13 +22,16 @@ import subprocess
 import sys
 
 import kvmapp
+from kvmapp import laying, runtime
 from kvmapp.errors import HostError, KvmappError, UsageError
 
 SOURCES = os.path.dirname(os.path.dirname(os.path.abspath(kvmapp.__file__)))     # conf/, init/ and docs/ stand beside the package
 MANIFEST = "var/lib/kvmapp/installed.json"
 GROUPS = ("kvmapp", "kvmapp-guest")
 USER = "kvmapp"
+LINK = "link to "                       # before the target, in the place of a checksum
 HOME = "/var/lib/kvmapp"
+SCRIPT, SHELL = "/etc/init.d/kvmapp", "/bin/sh"
 # Folder, mode. Domain files may hold secrets; images are reached by name only.
 FOLDERS = (("etc/kvmapp", 0o755), ("etc/kvmapp/domains", 0o700), ("etc/kvmapp/domains/autostart", 0o700),
            ("etc/kvmapp/networks", 0o700), ("etc/kvmapp/networks/autostart", 0o700), ("etc/kvmapp/storage", 0o700),
@@ -38,8 +45,10 @@ PYTHONPATH={sources} exec {python} -P -m kvmapp{word} "$@"
 class Setup:
     """One run of setup. `say` prints a line for each thing that is done."""
 
-    def __init__(self, root: str, say):
-        self.root, self.say = os.path.abspath(root), say
+    def __init__(self, root: str, say, prefix: str = "/usr"):
+        self.root, self.say, self.usr = os.path.abspath(root), say, prefix.strip("/")
+        self.commands = f"/{self.usr}/sbin"             # where init scripts find the program
+        self.library = f"{self.usr}/lib/kvmapp"
         self.noted: dict[str, str] = {}                 # path below root to the checksum of what we laid there
         self.failed = False
 
@@ -54,17 +63,17 @@ class Setup:
     # What is done.
 
     def install(self, enable: bool) -> None:
-        self.read_manifest()
-        self.make_user()
-        for folder, mode in FOLDERS:
-            self.make_folder(folder, mode)
-        for name, source, mode in self.files():
-            with open(source, "rb") as file:
-                self.lay(name, file.read(), mode)
-        for name, word in (("kvmapp", ""), ("kvmappctl", " ctl")):
-            self.lay(f"usr/sbin/{name}", self.launcher(name, word), 0o755)
-        if enable and self.here:
-            self.enable()
+        with laying.locked(self.path(self.library)) if runtime.FROZEN else contextlib.nullcontext():
+            self.read_manifest()
+            self.make_user()
+            for folder, mode in FOLDERS:
+                self.make_folder(folder, mode)
+            self.lay_program()
+            for name, source, mode in self.files():
+                with open(source, "rb") as file:
+                    self.lay(name, file.read().replace(b"/usr/sbin/kvmapp", os.fsencode(f"{self.commands}/kvmapp")), mode)
+            if enable and self.here:
+                self.enable()
 
     def remove(self) -> None:
         """Everything that install laid down and nobody changed; never what domains need to be found again."""
@@ -75,11 +84,12 @@ class Setup:
             self.disable()
         for name, checksum in sorted(self.noted.items()):
             path = self.path(name)
-            if checksum_of(path) == checksum:
+            if noted_as(path, checksum) == checksum:
                 os.unlink(path)
                 self.say(f"removed {path}")
             elif os.path.lexists(path):
                 self.say(f"left {path}: it was changed")
+        self.remove_program()
         os.unlink(self.path(MANIFEST))
         for folder, _ in reversed(FOLDERS):
             if os.path.isdir(self.path(folder)) and not os.listdir(self.path(folder)):
@@ -87,6 +97,55 @@ class Setup:
         self.say(f"left user {USER} and groups {' and '.join(GROUPS)}, domains, disks and logs")
 
     # The parts of install.
+
+    def lay_program(self) -> None:
+        """The tree and the links to it; from source, scripts that lead to the checkout."""
+        if not runtime.FROZEN:
+            for name, word in (("kvmapp", ""), ("kvmappctl", " ctl")):
+                self.lay(f"{self.usr}/sbin/{name}", self.launcher(name, word), 0o755)
+            return
+        laying.lay(runtime.tree(), self.path(self.library), runtime.identity(), f"/{self.library}", self.say)
+        try:
+            for name in ("kvmapp", "kvmappctl"):
+                self.link(f"{self.usr}/sbin/{name}", f"../lib/kvmapp/{runtime.CURRENT}/{runtime.LAUNCHER}")
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            self.commands = f"/{self.library}/{runtime.CURRENT}"
+            self.say(f"left out {self.path(self.usr)}/sbin/kvmapp and kvmappctl, the file system is read-only: they are in "
+                     f"{self.commands}")
+
+    def link(self, name: str, target: str) -> None:
+        """Over what is ours there; what is not is kept."""
+        path = self.path(name)
+        there = noted_as(path, LINK) or checksum_of(path)
+        if there not in (None, LINK + target, self.noted.get(name)):
+            self.say(f"kept {path}, which is not ours: {self.path(self.library)}/{runtime.CURRENT} has the program")
+            return
+        if there != LINK + target:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{path}.tmp")
+            os.symlink(target, f"{path}.tmp")
+            os.rename(f"{path}.tmp", path)
+            self.say(f"linked {path}")
+        self.note(name, LINK + target)
+
+    def remove_program(self) -> None:
+        """The trees that no guest runs from; this very program may be in one of them."""
+        folder = self.path(self.library)
+        if not os.path.isdir(folder):
+            return
+        with laying.locked(folder):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(folder, runtime.CURRENT))
+            for name in runtime.sweep_locked(folder, but=os.getpid()):
+                self.say(f"removed {folder}/{name}")
+            left = [name for name in os.listdir(folder) if name != runtime.LOCK]
+            if not left:
+                shutil.rmtree(folder)
+        for name in left:
+            self.say(f"left {folder}/{name}: guests run from it")
 
     def files(self) -> list[tuple[str, str, int]]:
         """What is copied: where to, where from, mode."""
@@ -97,11 +156,11 @@ class Setup:
             found += [(f"{units}/{name}", path, 0o644) for name, path in tree("init/systemd")]
         if os.path.isdir(self.path("etc/logrotate.d")):
             found += [(f"etc/logrotate.d/{name}", path, 0o644) for name, path in tree("init/logrotate")]
-        completions = "usr/share/bash-completion/completions"
-        if not os.path.isdir(self.path(completions)):
+        completions = f"{self.usr}/share/bash-completion/completions"
+        if not os.path.isdir(self.path(completions)) and self.usr == "usr":
             completions = "etc/bash_completion.d"
         found += [(f"{completions}/{name}", path, 0o644) for name, path in tree("init/completion")]
-        found += [(f"usr/share/man/man{name[-1]}/{name}", path, 0o644) for name, path in tree("docs/man")]
+        found += [(f"{self.usr}/share/man/man{name[-1]}/{name}", path, 0o644) for name, path in tree("docs/man")]
         return found
 
     def launcher(self, name: str, word: str) -> bytes:
@@ -121,7 +180,13 @@ class Setup:
         if there == checksum:
             self.note(name, checksum)
         elif there is None or there == self.noted.get(name):
-            self.write(path, content, mode)
+            try:
+                self.write(path, content, mode)
+            except OSError as error:
+                if error.errno != errno.EROFS or not name.startswith(f"{self.usr}/"):
+                    raise
+                self.say(f"left out {path}: {error.strerror}")
+                return
             self.note(name, checksum)
             self.say(f"{'wrote' if there is None else 'renewed'} {path}")
         else:
@@ -221,6 +286,9 @@ class Setup:
             self.say("start it with the host by /etc/init.d/kvmapp start: neither systemd, chkconfig nor update-rc.d is here")
 
     def disable(self) -> None:
+        """Neither now nor with the host; guests run on."""
+        if os.access(SCRIPT, os.X_OK) and runs():
+            self.call(*self.daemon("stop"))
         names = ("kvmapp-guests", "kvmapp")
         if os.path.isdir("/run/systemd/system"):
             self.call("systemctl", "disable", *(f"{name}.service" for name in names))
@@ -230,6 +298,17 @@ class Setup:
         elif shutil.which("update-rc.d"):
             for name in names:
                 self.call("update-rc.d", "-f", name, "remove")
+
+    def restart(self) -> None:
+        """The daemon that runs, as this version."""
+        if os.path.exists(SHELL):
+            self.call(SCRIPT, "restart")
+        else:
+            self.call(*self.daemon("stop"))
+            self.call(f"{self.commands}/kvmapp", "daemon", "--background")
+
+    def daemon(self, verb: str) -> list[str]:
+        return [SCRIPT, verb] if os.path.exists(SHELL) else [f"{self.commands}/kvmapp", "daemon", f"--{verb}"]
 
     def call(self, *command: str) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -254,6 +333,13 @@ def checksum_of(path: str) -> str | None:
         return None
 
 
+def noted_as(path: str, kind: str) -> str | None:
+    """What the manifest says of the thing at `path`: of a link its target, where `kind` says that one is meant; else a checksum."""
+    if not kind.startswith(LINK):
+        return checksum_of(path)
+    return LINK + os.readlink(path) if os.path.islink(path) else None
+
+
 def nologin() -> str:
     return next((path for path in ("/usr/sbin/nologin", "/sbin/nologin") if os.path.exists(path)), "/bin/false")
 
@@ -264,8 +350,11 @@ def quoted(text: str) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvmapp setup", description="Lays kvmapp down on this host: folders, configuration, init "
-                                     "scripts, the user that guests run as. Changed files are kept, domains never touched.")
+                                     "scripts, the user that guests run as. Changed files are kept, domains never touched. Over another "
+                                     "version it replaces the daemon; guests run on under the version that started them until their "
+                                     "next start.")
     parser.add_argument("--root", default="/", metavar="DIR", help="below DIR instead, for an image that is being built")
+    parser.add_argument("--prefix", default="/usr", metavar="DIR", help="where lib/kvmapp, sbin and share stand (default: /usr)")
     parser.add_argument("--no-enable", action="store_true", help="do not make it start with the host")
     parser.add_argument("--remove", action="store_true", help="take away what setup laid down; domains, disks and logs stay")
     return parser
@@ -275,7 +364,9 @@ def main(arguments: list[str]) -> int:
     given = make_parser().parse_args(arguments)
     if os.geteuid() != 0 and given.root == "/":
         raise UsageError("kvmapp setup needs root", "sudo kvmapp setup, or --root DIR for an image")
-    setup = Setup(given.root, print)
+    if not given.prefix.startswith("/") or given.prefix.strip("/") == "":
+        raise UsageError(f"--prefix {given.prefix}: expected a folder such as /usr/local")
+    setup = Setup(given.root, functools.partial(print, flush=True), given.prefix)
     try:
         if given.remove:
             setup.remove()
@@ -284,6 +375,8 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         raise HostError(f"Cannot set up: {error.filename or ''}: {error.strerror}", "what is done so far is kept; run it again") from None
     if setup.here and not given.remove:
+        if runtime.FROZEN and runs():
+            setup.restart()
         from kvmapp.check import run_check
         print()
         try:
@@ -295,7 +388,14 @@ def main(arguments: list[str]) -> int:
 
 
 def next_step() -> str:
-    script = "/etc/init.d/kvmapp"
-    if subprocess.run([script, "status"], capture_output=True, check=False).returncode == 0:
-        return f"a daemon runs; so that it is this version: {script} restart (domains run on)"
-    return f"start it: {script} start"
+    if not runs():
+        return f"start it: {SCRIPT} start"
+    if runtime.FROZEN:
+        return f"kvmapp {runtime.IDENTITY} serves; guests that run stay with their version until their next start"
+    return f"a daemon runs; so that it is this version: {SCRIPT} restart (domains run on)"
+
+
+def runs() -> bool:
+    """Whether a daemon does. The host need not have a shell for this."""
+    command = [*runtime.program(), "daemon", "--status"] if runtime.FROZEN else [SCRIPT, "status"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0

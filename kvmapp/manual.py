@@ -25,6 +25,7 @@ RUN_STATUSES = (("0", "The guest powered off."), ("1", "It could not be started,
                 ("2N+1", "The guest wrote N to its debug exit port."))
 CHECK = ("Tells, line by line, whether this host can run guests, and what to mend. With --boot it runs a small guest of its own; with "
          "--json it prints one line of JSON. The exit status is 0 when nothing is missing.")
+LICENSES = ("Every part that is inside, with its version and licence; with a part's name the text of its licence.")
 SIGNALS = (("SIGTERM, SIGINT", "Stop. Domains run on, and the next daemon finds them."),
            ("SIGHUP", "Read the configuration again and open the log anew."),
            ("SIGKILL", "Hurts no guest; the next daemon needs no clearing up after it."))
@@ -36,6 +37,8 @@ FILES = (("/etc/kvmapp/", "The configuration: kvmapp.conf(5), domains/, networks
          ("/var/log/kvmapp/NAME.log", "One log a domain."),
          ("/var/log/kvmapp-daemon.log", "The daemon's, when it runs in the background."),
          ("/var/lib/kvmapp/", "Images and kernels, and the note of what setup laid down."),
+         ("/usr/lib/kvmapp/", "The program: a folder for each version that runs, and `current`, a link to the one in use."),
+         ("/run/kvmapp/kvmapp-sock-quick", "A warm process beside the daemon answers kvmappctl here, with the caller's own rights."),
          ("/etc/init.d/kvmapp, /etc/init.d/kvmapp-guests", "Start the daemon; shut the domains down with the host. systemd has "
                                                            "units of the same names."))
 
@@ -44,14 +47,15 @@ def manual() -> str:
     lines = ['.\\" Made by python -m kvmapp.manual from the parsers of the verbs: change it there.',
              f'.TH KVMAPP 1 "" "kvmapp {__version__}" "User commands"', ".SH NAME", "kvmapp \\- virtual machines in one file",
              ".SH SYNOPSIS", ".B kvmapp run", roff("[FILE] [OPTIONS]"), ".br", ".B kvmapp check", roff("[--boot] [--json]"), ".br",
-             ".B kvmapp setup", roff("[OPTIONS]"), ".br", ".B kvmapp daemon", roff("[OPTIONS]"), ".br", ".B kvmapp ctl",
+             ".B kvmapp setup", roff("[OPTIONS]"), ".br", ".B kvmapp licenses", roff("[PART]"),
+             ".br", ".B kvmapp daemon", roff("[OPTIONS]"), ".br", ".B kvmapp ctl",
              roff("[WORDS OF kvmappctl]"), ".SH DESCRIPTION", roff(ABOUT), ".SH RUN", roff(RUN)]
     for option in run_options().values():
         lines += entry(f"{option.flag} {option.metavar}".rstrip(), option.help)
     lines += [".PP", "Its exit status tells how the guest ended:"]
     for status, meaning in RUN_STATUSES:
         lines += entry(status, meaning)
-    lines += [".SH CHECK", roff(CHECK)]
+    lines += [".SH CHECK", roff(CHECK), ".SH LICENSES", roff(LICENSES)]
     for title, parser in (("SETUP", install.make_parser()), ("DAEMON", make_daemon_parser())):
         lines += [f".SH {title}", roff(parser.description or ""), *options_of(parser)]
     lines += [".PP", "Signals:"]

@@ -27,6 +27,9 @@ STATE_FLAGS = {"state_running": ("running",), "state_paused": ("paused",), "stat
 def list_domains(session, given):
     domains = chosen(session.daemon.get("/v1/domains")["domains"], given)
     session.answer({"domains": domains}, lambda: text_of(domains, given, header=not session.quiet))
+    older = [one["name"] for one in domains if one.get("outdated")]
+    if older and given.all and not (given.name or given.uuid or given.id):
+        session.note(f"note: under another kvmapp until the next start: {', '.join(older)}")
 
 
 def chosen(domains: list[dict], given) -> list[dict]:

@@ -54,9 +54,10 @@ def run(words: list[str]) -> NoReturn:
     posix._exit(main(words))
 
 
-def main(words: list[str]) -> int:
-    """The exit status."""
-    session = Session()
+def main(words: list[str], session: Session | None = None, uri: str | None = None) -> int:
+    """The exit status. `session` and `uri`, the environment's, are given where one process speaks for another (quick.py)."""
+    session = session or Session()
+    session.default_uri = posix.environ.get(b"KVMAPP_DEFAULT_URI", b"").decode("utf-8", "surrogateescape") if uri is None else uri
     session.sink.reconfigure(errors="backslashreplace")     # type: ignore[union-attr]
     try:
         status = guarded(session, words)
@@ -160,7 +161,7 @@ def take_global_options(session: Session, words: list[str]) -> list[str] | None:
                 session.read_only = True
             elif option.name in ("json", "quiet", "timing"):
                 setattr(session, option.name, True)
-    uri = uri or posix.environ.get(b"KVMAPP_DEFAULT_URI", b"").decode("utf-8", "surrogateescape")
+    uri = uri or session.default_uri
     if uri:
         from kvmapp.cli.uri import socket_of
         session.socket, session.uri = socket_of(uri), uri

@@ -31,6 +31,7 @@ class OutputFailed(Exception):
 class Session:
     def __init__(self) -> None:
         self.uri = DEFAULT_URI
+        self.default_uri = ""           # of the environment; empty: the host's daemon
         self.socket = SOCKET
         self.read_only = False
         self.quiet = False

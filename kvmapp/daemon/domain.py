@@ -9,11 +9,11 @@ import json
 import os
 import time
 
-from kvmapp import __version__
 from kvmapp.config import DomainConfig
 from kvmapp.daemon.jobs import Job, Jobs
 from kvmapp.daemon.process import DomainProcess, cpu_times_of, resident_of
 from kvmapp.errors import DomainNotRunning, DomainRunning, KvmappError, NoResponse
+from kvmapp.runtime import IDENTITY
 from kvmapp.values import is_plain
 
 TYPE_CHECKING = False
@@ -181,14 +181,19 @@ class Domain:
             "pid": (self.process.pid if self.process else record.pid) or None if record else None,
             "started": record.started if record else None,
             "job": self.jobs.current.to_dict() if self.jobs.current else None, "waiting": self.waiting,
-            "file": stored.path if stored else None, "warnings": self.warnings()}
+            "file": stored.path if stored else None, "outdated": self.outdated, "warnings": self.warnings()}
+
+    @property
+    def outdated(self) -> bool:
+        """Whether another version than the daemon's runs it."""
+        return self.record is not None and self.record.version != IDENTITY
 
     def warnings(self) -> list[str]:
         config, stored = self.config, self.stored
         found = list(config.warnings) if config else []
         if stored and stored.error and self.active:
             found.append(f"its file is broken: {stored.error}")
-        if self.record and self.record.version != __version__:
+        if self.record and self.outdated:
             found.append(f"it runs under kvmapp {self.record.version} until its next start")
         return found
 

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 
-from kvmapp import __version__
+from kvmapp import __version__, runtime
 from kvmapp.daemon.paths import Paths
 from kvmapp.daemon.pidfile import PidFile
 from kvmapp.errors import HostError, KvmappError
@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--state-dir", metavar="DIR", help="what lasts (default: /var/lib/kvmapp)")
     parser.add_argument("--heartbeat", type=float, default=5.0, metavar="SECONDS", help="between two looks at every domain")
     parser.add_argument("--domain-module", default="kvmapp.vmprocess", help=argparse.SUPPRESS)      # for tests
+    parser.add_argument("--quick", action="store_true", default=runtime.FROZEN, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"kvmapp {__version__}")
     return parser
 
@@ -51,7 +52,8 @@ def main(arguments: list[str]) -> int:
     paths = Paths(given.root, config=given.config_dir, run=given.run_dir, log=given.log_dir, state=given.state_dir)
     if given.status or given.stop or given.reload:
         return control(PidFile(paths.pid_file), given)
-    options = {"module": given.domain_module, "heartbeat": given.heartbeat, "cgroup": cgroup_name(paths)}
+    options = {"module": given.domain_module, "heartbeat": given.heartbeat, "cgroup": cgroup_name(paths),
+               "quick": given.quick}
     if given.background:
         return in_background(lambda ready: run(paths, options, paths.daemon_log, ready))
     run(paths, options, None, lambda: None)

@@ -32,6 +32,10 @@ class Paths:
         return os.path.join(self.run, "kvmapp-sock-ro")
 
     @property
+    def quick_socket(self) -> str:
+        return os.path.join(self.run, "kvmapp-sock-quick")
+
+    @property
     def pid_file(self) -> str:
         return os.path.join(self.run, "kvmapp.pid")
 

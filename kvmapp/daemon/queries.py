@@ -9,7 +9,7 @@ import asyncio
 import os
 import platform
 
-from kvmapp import __version__, hostinfo, schema
+from kvmapp import __version__, hostinfo, runtime, schema
 from kvmapp.daemon import domainlog
 from kvmapp.daemon.actions import digest, render_anew
 from kvmapp.daemon.call import Call
@@ -33,7 +33,7 @@ async def version(_call: Call) -> dict:
 async def daemon(call: Call) -> dict:
     supervisor, paths = call.supervisor, call.supervisor.paths
     domains = supervisor.listed()
-    return {"pid": os.getpid(), "version": __version__, "started": call.daemon.started, "access": call.access,
+    return {"pid": os.getpid(), "version": runtime.IDENTITY, "started": call.daemon.started, "access": call.access,
             "resident": resident_of(os.getpid()) or 0, "zygote": supervisor.zygote.pid, "config_dir": paths.config,
             "run_dir": paths.run, "log_dir": paths.log, "state_dir": paths.state,
             "domains": {"defined": sum(domain.stored is not None for domain in domains),

@@ -7,11 +7,11 @@ import os
 import signal
 import time
 
-from kvmapp import __version__
 from kvmapp.daemon.autostart import Autostart
 from kvmapp.daemon.notify import notify, notify_reloading
 from kvmapp.daemon.paths import Paths
 from kvmapp.daemon.pidfile import PidFile
+from kvmapp.daemon.quick import Quick
 from kvmapp.daemon.routes import FULL, READ_ONLY
 from kvmapp.daemon.server import Server
 from kvmapp.daemon.sockets import listen
@@ -19,6 +19,7 @@ from kvmapp.daemon.supervisor import Supervisor
 from kvmapp.errors import ConfigError, HostError, KvmappError
 from kvmapp.hostconfig import DaemonConfig, read_daemon
 from kvmapp.ini import clear_leftovers
+from kvmapp.runtime import IDENTITY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,12 +29,13 @@ log = logging.getLogger("kvmapp")
 
 
 class Daemon:
-    """`reopen_log` is called at reload, so that logrotate may have moved the file away."""
+    """`quick`: with a warm process for kvmappctl. `reopen_log` is called at reload, so that logrotate may have moved the file away."""
 
-    def __init__(self, paths: Paths, supervisor: Supervisor, reopen_log: Callable[[str], None]):
+    def __init__(self, paths: Paths, supervisor: Supervisor, reopen_log: Callable[[str], None], quick: bool):
         self.paths, self.supervisor, self.reopen_log = paths, supervisor, reopen_log
         self.autostart = Autostart(supervisor)
         self.server = Server(self)
+        self.quick = Quick(paths.quick_socket) if quick else None
         self.started = time.time()
         self.warnings: list[str] = []
         self.stopping = asyncio.Event()
@@ -54,8 +56,9 @@ class Daemon:
         self.autostart.begin()
         ready()
         notify("READY=1", self.status_line())
-        log.info("kvmapp %s serves %s (pid %d, %d domains run)", __version__, self.paths.socket, os.getpid(),
+        log.info("kvmapp %s serves %s (pid %d, %d domains run)", IDENTITY, self.paths.socket, os.getpid(),
                  len(self.supervisor.active()))
+        self.supervisor.run(self.supervisor.sweep(), "older versions")
         await self.stopping.wait()
         notify("STOPPING=1")
         await self.stop()
@@ -65,11 +68,15 @@ class Daemon:
         try:
             await self.server.listen(listen(self.paths.socket, self.config.unix_sock_rw_perms & 0o666, gid), FULL)
             await self.server.listen(listen(self.paths.read_only_socket, self.config.unix_sock_ro_perms & 0o666, gid), READ_ONLY)
+            if self.quick:
+                self.quick.start()
         except OSError as error:
             raise HostError(f"Cannot listen on '{self.paths.socket}': {error.strerror}") from None
 
     async def stop(self) -> None:
         """Domains run on; requests under way end first."""
+        if self.quick:
+            self.quick.stop()
         self.supervisor.events.close()
         await self.server.close()
         await self.supervisor.end()
@@ -133,7 +140,8 @@ def serve(paths: Paths, options: dict, reopen_log: Callable[[str], None], ready:
         raise ConfigError(f"Cannot clear away what a killed writer left: {error.strerror}", file=paths.domains) from None
 
     async def main() -> None:
-        await Daemon(paths, Supervisor(paths, **options), reopen_log).run(ready)
+        quick = options.pop("quick", False)
+        await Daemon(paths, Supervisor(paths, **options), reopen_log, quick).run(ready)
     try:
         asyncio.run(main())
     finally:

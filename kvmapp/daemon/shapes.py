@@ -80,6 +80,7 @@ DOMAIN = record(
     job=maybe(ref("Job")),
     waiting=maybe(ref("Waiting")),
     file=maybe(text("its file, if it is persistent")),
+    outdated=yes_no("whether it runs under another version of kvmapp than the daemon's"),
     warnings=list_of(text()))
 
 DISK = record(name=text("vda"), source=text(), format=text(), bus=text(), readonly=yes_no(), type=one_of("file", "block"))

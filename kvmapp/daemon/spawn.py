@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import kvmapp
+from kvmapp import runtime
 from kvmapp.errors import HostError
 
 log = logging.getLogger("kvmapp")
@@ -157,14 +158,14 @@ class Zygote:
 
 def command() -> list[str]:
     """How to run the zygote: from the one file, or from source with the interpreter that runs us."""
-    if getattr(sys, "frozen", False):
-        return [sys.executable, "zygote"]
+    if runtime.FROZEN:
+        return [*runtime.program(), "zygote"]
     return [sys.executable, "-P", "-m", "kvmapp.zygote"]
 
 
 def environment() -> dict[str, str]:
     """Ours without the service manager's words to us; from source, with the way to the package."""
     given = {name: value for name, value in os.environ.items() if name not in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID")}
-    if not getattr(sys, "frozen", False):
+    if not runtime.FROZEN:
         given["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.abspath(kvmapp.__file__)))
     return given

@@ -12,7 +12,6 @@ import os
 import shutil
 import time
 
-from kvmapp import __version__
 from kvmapp.daemon import domainlog
 from kvmapp.daemon.domain import Domain, Record, read_ending
 from kvmapp.daemon.process import DomainProcess
@@ -20,6 +19,7 @@ from kvmapp.daemon.sockets import listen
 from kvmapp.daemon.spawn import ZygoteDied
 from kvmapp.daemon.taps import open_tap
 from kvmapp.errors import ConfigError, DomainRunning, GuestImageError, HostError, KvmappError, NameInUse, NoResponse
+from kvmapp.runtime import IDENTITY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Start:
         """From the fork to the first answer."""
         assert self.domain.record
         text = json.dumps(self.config.to_dict(), ensure_ascii=False)
-        domainlog.write_line(self.files["log"], f"starting, kvmapp {__version__}, id {self.domain.record.id}: {text}")
+        domainlog.write_line(self.files["log"], f"starting, kvmapp {IDENTITY}, id {self.domain.record.id}: {text}")
         request = {"config": self.config.to_dict(), "files": list(self.files), "run_dir": self.paths.domain_own(self.domain.name),
                    "uid": self.uid, "gid": self.gid, "paused": self.paused}
         try:
@@ -191,7 +191,7 @@ class Start:
     def note(self) -> None:
         """From here on a daemon that comes after us knows what to look for and what to clear away."""
         record = Record(name=self.config.name, uuid=self.config.uuid, id=self.supervisor.next_id(), pid=0, start_time=0,
-                        started=time.time(), taps=self.taps, disks=self.disks, config=self.config.to_dict(), version=__version__)
+                        started=time.time(), taps=self.taps, disks=self.disks, config=self.config.to_dict(), version=IDENTITY)
         record.save(self.paths)
         self.domain.record, self.domain.live, self.domain.ending = record, self.config, None
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 
-from kvmapp import __version__
+from kvmapp import runtime
 from kvmapp.config import DomainConfig
 from kvmapp.daemon import domainlog
 from kvmapp.daemon.cgroups import Cgroups
@@ -150,7 +150,7 @@ class Supervisor:
             self.last_id += 1
             self.take_record(Record(name=name, uuid=config.uuid if config else "", id=self.last_id, pid=0, start_time=0,
                                     started=time.time(), taps={}, disks=[], config=config.to_dict() if config else {},
-                                    version=__version__))
+                                    version=runtime.IDENTITY))
 
     async def find_process(self, domain: Domain) -> None:
         process = domain.process = self.attach(domain)
@@ -183,7 +183,14 @@ class Supervisor:
         for pause in (0, 0.05, 0.2, 1, 5):
             await asyncio.sleep(pause)
             if domain.active or self.cgroups.remove(domain.name):
-                return
+                break
+        await self.sweep()
+
+    async def sweep(self) -> None:
+        """Takes away the trees of older versions that no guest runs from any more."""
+        library = runtime.library()
+        for name in await asyncio.to_thread(runtime.sweep, library) if library else ():
+            log.info("removed kvmapp %s: nothing runs from it", name)
 
     def attach(self, domain: Domain) -> DomainProcess:
         return DomainProcess(domain.name, self.paths.control(domain.name), lambda: self.state_changed(domain),

@@ -19,7 +19,6 @@ The report is lines: "ok STEP: what was seen", "fail STEP: what was wrong", "ski
 import os
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -27,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kvmapp import runtime
 from kvmapp.errors import HostError
 
 IMAGE = Path(__file__).with_name("probe.elf")
@@ -89,8 +89,8 @@ class Outcome:
 
 def command(cmdline: str = "", options: Sequence[str] = (), image: Path = IMAGE) -> list[str]:
     """The words that run the probe in the foreground; `options` are those of `kvmapp run`."""
-    program = [sys.executable] if getattr(sys, "frozen", False) else [sys.executable, "-m", "kvmapp"]
-    return [*program, "run", "--kernel", str(image), "--append", cmdline, "--no-reboot", "--debug-console", "--debug-exit", *options]
+    return [*runtime.program(), "run", "--kernel", str(image), "--append", cmdline,
+            "--no-reboot", "--debug-console", "--debug-exit", *options]
 
 
 def run(cmdline: str = "", options: Sequence[str] = (), image: Path = IMAGE, timeout: float = 60) -> Outcome:
