@@ -98,6 +98,13 @@ class WatchdogConfig(Settings):
     action: str
 
 
+class VsockConfig(Settings):
+    section = schema.DOMAIN.sections["vsock"]
+    __slots__ = slots(section)
+    cid: int
+    path: str
+
+
 class DebugConfig(Settings):
     section = schema.DOMAIN.sections["debug"]
     __slots__ = slots(section)
@@ -118,7 +125,7 @@ class DomainConfig(FileConfig):
     __slots__ = (*slots(section), *(part.attribute for part in file.sections.values()))
     parts: ClassVar = {"boot": BootConfig, "disk": DiskConfig, "interface": InterfaceConfig, "serial": SerialConfig,
              "console": ConsoleConfig, "rng": RngConfig, "balloon": BalloonConfig, "panic": PanicConfig,
-             "watchdog": WatchdogConfig, "debug": DebugConfig,
+             "watchdog": WatchdogConfig, "vsock": VsockConfig, "debug": DebugConfig,
              "graphics": GraphicsConfig}
     name: str
     uuid: str
@@ -146,6 +153,7 @@ class DomainConfig(FileConfig):
     balloon: BalloonConfig | None
     panic: PanicConfig | None
     watchdog: WatchdogConfig | None
+    vsock: VsockConfig | None
     debug: DebugConfig
     graphics: list[GraphicsConfig]
 

@@ -340,6 +340,9 @@ class Machine:
         if self.config.balloon:
             from kvmapp.virtio.balloon import VirtioBalloon
             self._plug(VirtioBalloon("balloon", self.memory, deflate_on_oom=self.config.balloon.deflate_on_oom), self.io)
+        if self.config.vsock:
+            from kvmapp.virtio.vsock import VirtioVsock
+            self._plug(VirtioVsock("vsock", self.memory, self.config.vsock.cid, self.config.vsock.path), self.io)
 
     def _add_watchdog(self) -> None:
         if self.config.watchdog:
@@ -389,7 +392,8 @@ def preload_devices() -> None:
     import kvmapp.virtio.blk
     import kvmapp.virtio.console
     import kvmapp.virtio.net
-    import kvmapp.virtio.rng  # noqa: F401
+    import kvmapp.virtio.rng
+    import kvmapp.virtio.vsock  # noqa: F401
 
 
 def thread_time(number: int) -> int:

@@ -224,6 +224,15 @@ DOMAIN = File(
                      "resume; none, a line in the log only."),
         help="A watchdog, which acts when the guest hangs. It runs once a program in the guest opens it."),
     Section(
+        "vsock",
+        Setting("cid", Integer(3, 2**32 - 2), 3,
+                help="The guest's address among sockets of the family AF_VSOCK; the host is 2. Each guest has its own socket on the "
+                     "host, so several may have the same."),
+        Setting("path", Path(), required=True, example="/run/kvmapp/linuxvm02.vsock",
+                help="A UNIX socket that is made: who connects to it and says `CONNECT PORT` reaches that port of the guest. Who listens "
+                     "at PATH_PORT is reached by the guest as port PORT of the host."),
+        help="Sockets between guest and host, without a network."),
+    Section(
         "debug",
         Setting("port_402", YES_NO, False, option="--debug-console", option_value="yes",
                 help="What the guest writes to I/O port 0x402 goes to the domain's log; firmware and tests use it."),

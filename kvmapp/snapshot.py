@@ -37,6 +37,7 @@ HOST_SIDE: dict[str, set[str]] = {
     "serial": {"type", "path", "log"},
     "console": {"type", "path", "log"},
     "watchdog": {"action"},
+    "vsock": {"path"},
     "graphics": {"listen"},
 }
 

@@ -52,7 +52,7 @@ cdef extern from *:
 
 cdef extern from "linux/virtio_ids.h" nogil:
     enum:
-        VIRTIO_ID_NET, VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_RNG, VIRTIO_ID_BALLOON, VIRTIO_ID_SCSI, VIRTIO_ID_9P
+        VIRTIO_ID_NET, VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_RNG, VIRTIO_ID_BALLOON, VIRTIO_ID_VSOCK, VIRTIO_ID_SCSI, VIRTIO_ID_9P
 
 
 cdef extern from "linux/virtio_pci.h" nogil:

@@ -15,6 +15,7 @@ those that a reset does not take back. A device that the host's side talks to se
 import contextlib
 import os
 import socket
+import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ from kvmapp.virtio.net import VirtioNet
 from kvmapp.virtio.pci import VirtioPci
 from kvmapp.virtio.rng import VirtioRng
 from kvmapp.virtio.transitional import TransitionalPci
+from kvmapp.virtio.vsock import VirtioVsock
 from tests.device.virtio_driver import Guest
 
 SLOT = 1                                         # where the one card of a board is
@@ -315,6 +317,56 @@ def virtio_blk(board):
         driver.queues[0].post(readable=[bytes(16)], writable=[512, 1])
         driver.queues[0].kick()
         driver.queues[0].wait()
+
+
+@profile(VirtioVsock, still=VIRTIO_STILL | {"cid"})
+def virtio_vsock(board):
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/vsock"
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(f"{path}_7")
+        server.listen(16)
+        server.setblocking(False)
+        with server, contextlib.ExitStack() as ends:
+            driver = board.plug(VirtioVsock("vsock", board.memory, 5, path))
+            board.stimulus = lambda data: talk(server, path, ends, data)
+            yield driver.card
+            driver.start(size=16)
+            driver.queues[0].post(writable=[64])
+            driver.queues[1].post(readable=[vsock_packet(1, 1234, 7)])
+            driver.queues[1].kick()
+            driver.queues[0].wait()
+            driver.queues[2].post(writable=[4])
+
+
+def vsock_packet(operation: int, guest_port: int, host_port: int, data: bytes = b"", *, flags: int = 0, window: int = 1 << 16,
+                 taken: int = 0, cid: int = 5, to: int = 2, kind: int = 1, length: int | None = None) -> bytes:
+    """A packet of the guest's (VIRTIO 1.2, 5.10.6)."""
+    return struct.pack("<QQIIIHHIII", cid, to, guest_port, host_port, len(data) if length is None else length, kind, operation,
+                       flags, window, taken) + data
+
+
+def talk(server: socket.socket, path: str, ends: contextlib.ExitStack, data: bytes) -> None:
+    """Programs of the host: each call is one that comes, speaks, listens and, at random, goes."""
+    talkers = getattr(ends, "talkers", [])
+    ends.talkers = talkers                       # type: ignore[attr-defined]
+    with contextlib.suppress(BlockingIOError):
+        talkers.append(ends.enter_context(server.accept()[0]))
+    if data[:1] >= b"\x80":
+        talkers.append(ends.enter_context(socket.socket(socket.AF_UNIX)))
+        talkers[-1].setblocking(False)
+        with contextlib.suppress(OSError):
+            talkers[-1].connect(path)
+    for end in talkers[-8:]:
+        with contextlib.suppress(OSError):       # one that has gone
+            end.setblocking(False)
+            end.send(data[1:])
+        with contextlib.suppress(OSError):
+            end.recv(4096)
+        if data[:1] > b"\xF0":
+            end.close()
+    while len(talkers) > 32:
+        talkers.pop(0).close()
 
 
 class Board(Guest):

@@ -40,7 +40,8 @@ FLOORS = {
 }
 # Rooms that everybody may use; they look into no other.
 SHARED = {"errors", "state", "schema", "layout", "config", "client", "check", "values", "settings", "ini", "initree", "runtime",
-          "laying", "licences", "options", "samples", "hostinfo", "install", "hostconfig", "probe", "statefile", "__init__", "__main__"}
+          "laying", "licences", "options", "samples", "hostinfo", "install", "hostconfig", "probe", "statefile",
+          "unixsocket", "__init__", "__main__"}
 IMPORT = re.compile(r"^\s*(?:from\s+(kvmapp(?:\.\w+)*)\s+c?import\s+([\w, ()]+)|c?import\s+(kvmapp(?:\.\w+)+))", re.MULTILINE)
 
 
