@@ -18,6 +18,6 @@ def test_a_dead_socket_is_replaced(tmp_path):
 
 def test_a_file_is_kept(tmp_path):
     (tmp_path / "s").write_text("mine")
-    with pytest.raises(HostError, match="cannot listen at .*/s: Address already in use"):
+    with pytest.raises(HostError, match=r"cannot listen at .*/s: Address already in use"):
         listen("vsock", str(tmp_path / "s"), 96)
     assert (tmp_path / "s").read_text() == "mine"
