@@ -12,7 +12,7 @@ from tests.fuzz import build
 from tests.fuzz.worker import CORPUS, noted
 
 REPORT_LINES = 40
-LIFE_SECONDS = 120                               # beyond its time, for a process that does not end
+LIFE_SECONDS = 300                               # beyond its time, for a process that does not end
 
 
 def fuzz(name: str, seconds: float, kind: str, *, keep: bool = False) -> str | None:
