@@ -16,13 +16,13 @@ and selectors, 11 ms of a run of 30. os is 1 ms more, and imported where it is n
 from __future__ import annotations
 
 from _json import encode_basestring_ascii, make_encoder, make_scanner
-from _socket import AF_UNIX, SOCK_CLOEXEC, SOCK_STREAM, socket
+from _socket import AF_UNIX, SCM_RIGHTS, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, socket
 
 from kvmapp.errors import ConnectionFailed, KvmappError, NoResponse, error_from_dict
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from typing import Self
 
 SOCKET = "/run/kvmapp/kvmapp.sock"
@@ -244,11 +244,11 @@ def query_text(query: dict[str, object]) -> str:
 
 # A domain's own socket: consoles go there, not through the daemon, and so do queries while the daemon is away.
 
-def ask_domain(control: str, verb: str, *, timeout: float = 5, **arguments: object) -> dict:
-    """One verb of control.py's protocol."""
+def ask_domain(control: str, verb: str, *, timeout: float = 5, descriptors: Sequence[int] = (), **arguments: object) -> dict:
+    """One verb of control.py's protocol; open `descriptors` go along with it."""
     connection = open_control(control, timeout)
     try:
-        return converse(connection, control, verb, arguments)[0]
+        return converse(connection, control, verb, arguments, descriptors)[0]
     finally:
         connection.close()
 
@@ -276,10 +276,13 @@ def open_control(control: str, timeout: float) -> socket:
         raise ConnectionFailed(f"Failed to connect socket to '{control}': {error.strerror or error}", hint) from None
 
 
-def converse(connection: socket, control: str, verb: str, arguments: dict) -> tuple[dict, bytes]:
-    data = b""
+def converse(connection: socket, control: str, verb: str, arguments: dict, descriptors: Sequence[int] = ()) -> tuple[dict, bytes]:
+    request, data = encode({"id": 1, "verb": verb, **arguments}) + b"\n", b""
     try:
-        connection.sendall(encode({"id": 1, "verb": verb, **arguments}) + b"\n")
+        if descriptors:
+            from array import array
+            request = request[connection.sendmsg([request], [(SOL_SOCKET, SCM_RIGHTS, array("i", descriptors))]):]
+        connection.sendall(request)
         while b"\n" not in data:
             part = connection.recv(65536)
             if not part:

@@ -58,6 +58,15 @@ class InterfaceConfig(Settings):
     mtu: int | None
     queues: int
     link: str
+    vlan: int | None
+    filter: str
+    addresses: list[str]
+    in_average: int | None
+    in_peak: int | None
+    in_burst: int | None
+    out_average: int | None
+    out_peak: int | None
+    out_burst: int | None
     forwards: list[str]
 
 
@@ -290,11 +299,30 @@ def check_interfaces(config: DomainConfig, origin: Origin) -> None:
         if kind != "user" and interface.forwards:
             origin.fail(heading, "forwards", f"{interface.forwards[0]!r}: only an interface of type user has forwards",
                         "in a virtual network: kvmappctl net-update NETWORK add forward")
+        check_port(interface, origin)
         for key, seen in (("mac", macs), ("target", taps)):
             value = getattr(interface, key)
             other = seen.setdefault(value, interface) if value is not None else interface
             if other is not interface:
                 origin.fail(heading, key, f"{value!r}: [{other.heading}] has it already")
+
+
+def check_port(interface: InterfaceConfig, origin: Origin) -> None:
+    """What the host does at the card's port of a bridge."""
+    heading = interface.heading
+    if interface.type not in ("bridge", "network"):
+        for key in ("vlan", "filter", "addresses", *(f"{way}_{what}" for way in ("in", "out") for what in ("average", "peak", "burst"))):
+            value = getattr(interface, key)
+            if value != interface.setting(key).default:
+                origin.fail(heading, key, f"{interface.setting(key).kind.format(value)!r}: only the types bridge and network have it")
+    if interface.addresses and interface.filter == "none":
+        origin.fail(heading, "addresses", f"{interface.addresses[0]!r}: of no use without filter = clean-traffic")
+    for way in ("in", "out"):
+        average, peak, burst = (getattr(interface, f"{way}_{what}") for what in ("average", "peak", "burst"))
+        if average is None and (peak or burst):
+            origin.fail(heading, f"{way}_{'peak' if peak else 'burst'}", f"'{peak or burst}': of no use without {way}_average")
+        if average and peak and peak < average:
+            origin.fail(heading, f"{way}_peak", f"'{peak}': less than {way}_average = {average}")
 
 
 def check_character_devices(config: DomainConfig, origin: Origin) -> None:

@@ -103,6 +103,16 @@ def character_settings(what: str) -> tuple[Setting, ...]:
     )
 
 
+def rate_settings(way: str, where: str) -> tuple[Setting, ...]:
+    """libvirt's <bandwidth>, and its units."""
+    rate = Integer(1, 4 << 20)
+    return (
+        Setting(f"{way}_average", rate, live=True, example="1000",
+                help=f"For the types bridge and network: how much goes {where}, in kilobytes a second; no limit when absent."),
+        Setting(f"{way}_peak", rate, live=True, example="2000", help="The most in kilobytes a second, while a burst lasts."),
+        Setting(f"{way}_burst", rate, live=True, example="512", help="How many kilobytes may go at the peak's speed."))
+
+
 DOMAIN = File(
     "domain", "domains/NAME.conf",
     Section(
@@ -191,6 +201,17 @@ DOMAIN = File(
                 help="The largest packet; the bridge's or tap's when absent."),
         Setting("queues", Integer(1, 16), 1, since="0.2", help="Pairs of queues, one for each of as many vCPUs."),
         Setting("link", Choice("up", "down"), "up", live=True, help="Whether the cable is plugged in."),
+        Setting("vlan", Integer(1, 4094), example="20",
+                help="For the types bridge and network: the guest is in this VLAN, and its own frames bear no tag. Wants a bridge "
+                     "that filters VLANs."),
+        Setting("filter", Choice("none", "clean-traffic"), "none", live=True,
+                help="For the types bridge and network: clean-traffic lets out only what bears the card's own MAC address and the "
+                     "guest's own IP addresses, in ARP and neighbour discovery too, and no answers of a DHCP server or a router."),
+        Setting("addresses", ListOf(Address()), live=True, example="192.168.122.10, fd00:122::10",
+                help="For filter = clean-traffic: the guest's own addresses. When absent they are, in a virtual network, those that "
+                     "it lends; on another bridge the first IPv4 address that the guest uses. IPv6 addresses made of the card's MAC "
+                     "address (EUI-64) are always its own."),
+        *rate_settings("in", "to the guest"), *rate_settings("out", "from the guest"),
         Setting("forwards", ListOf(Forward()), example="tcp:127.0.0.1:2222:22",
                 help="For type user: ports of the host that lead to the guest, each tcp:[ADDRESS:]PORT:GUESTPORT; without an "
                      "address 127.0.0.1."),

@@ -110,6 +110,15 @@ def consoles(session, name: str) -> list[str]:
     return [console["name"] for console in session.daemon.get(of(name))["consoles"]] if name else []
 
 
+def interfaces(session, name: str) -> list[str]:
+    cards = session.daemon.get(of(name))["interfaces"] if name else []
+    return [word for card in cards for word in (card["target"], card["mac"]) if word]
+
+
+def host_interfaces(session, _name: str) -> list[str]:
+    return [one["name"] for one in session.daemon.get("/v1/interfaces")["interfaces"]]
+
+
 def event_kinds(_session, _name: str) -> list[str]:
     from kvmapp.cli.events import KINDS
     return list(KINDS)
@@ -126,4 +135,6 @@ def verbs(_session, _name: str) -> list[str]:
 
 SOURCES = {"network": networks, "active-network": active_networks, "inactive-network": inactive_networks,
            "domain": domains, "active": active_domains, "inactive": inactive_domains, "disk": disks, "console": consoles,
+           "host-interface": host_interfaces,
+           "interface": interfaces,
            "event": event_kinds, "state": states, "verb": verbs}

@@ -5,7 +5,7 @@ from kvmapp.cli.table import NUMBER, flag, value, verb
 from kvmapp.client import of
 from kvmapp.errors import NoResponse, UsageError
 
-KINDS = ("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-broken", "daemon")
+KINDS = ("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-broken", "daemon", "network", "device-removed")
 
 
 @verb("event", "show what happens to domains, as it happens",

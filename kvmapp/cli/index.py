@@ -19,6 +19,7 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         "identity": ("domid", "domname", "domuuid"),
         "resources": ("setmaxmem", "setmem", "setvcpus", "vcpucount", "vcpuinfo"),
         "console": ("console", "ttyconsole"),
+        "cards": ("attach-interface", "detach-interface", "domif-getlink", "domif-setlink", "domiftune"),
     }),
     "monitor": ("Domain Monitoring", {
         "listing": ("list",),
@@ -33,6 +34,9 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "network": ("Networking", {
         "network": ("net-autostart", "net-define", "net-destroy", "net-dhcp-leases", "net-dumpconf", "net-edit", "net-info", "net-list",
                     "net-name", "net-start", "net-undefine", "net-update", "net-uuid"),
+    }),
+    "interface": ("Host Interfaces", {
+        "interfaces": ("iface-bridge", "iface-dumpconf", "iface-list", "iface-mac", "iface-name", "iface-unbridge"),
     }),
     "host": ("Host and Hypervisor", {
         "host": ("capabilities", "hostname", "nodecpustats", "nodeinfo", "nodememstats", "reload", "uri", "version"),

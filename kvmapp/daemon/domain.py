@@ -20,6 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvmapp.config import InterfaceConfig
     from kvmapp.daemon.paths import Paths
     from kvmapp.daemon.store import Store, Stored
 
@@ -234,8 +235,12 @@ def is_block(path: str) -> bool:
 
 
 def interface_views(config: DomainConfig, taps: dict[str, str]) -> list[dict]:
-    return [{"index": one.index, "type": one.type, "source": one.source, "model": one.model, "mac": one.mac,
-             "target": taps.get(str(one.index), one.target)} for one in config.interfaces]
+    return [interface_view(one, taps) for one in config.interfaces]
+
+
+def interface_view(one: InterfaceConfig, taps: dict[str, str]) -> dict:
+    return {"index": one.index, "type": one.type, "source": one.source, "model": one.model, "mac": one.mac,
+            "target": taps.get(str(one.index), one.target)}
 
 
 def console_views(config: DomainConfig, status: dict) -> list[dict]:

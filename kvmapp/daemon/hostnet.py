@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 SEARCH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 PATIENCE = 30.0                         # seconds for one command; they take milliseconds
-PACKAGES = {"ip": "iproute2 (CentOS: iproute)", "dnsmasq": "dnsmasq-base (CentOS: dnsmasq)", "nft": "nftables"}
+PACKAGES = {"ip": "iproute2 (CentOS: iproute)", "bridge": "iproute2 (CentOS: iproute)", "tc": "iproute2 (CentOS: iproute-tc)",
+            "dnsmasq": "dnsmasq-base (CentOS: dnsmasq)", "nft": "nftables"}
 LIBVIRT_NETWORKS = "/etc/libvirt/qemu/networks"
 SIOCGIFHWADDR = 0x8927
 

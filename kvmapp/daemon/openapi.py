@@ -43,7 +43,7 @@ def status_lines() -> str:
 
 def operation(route: Route) -> dict:
     parameters = [{"name": name, "in": "path", "required": True, "schema": shapes.text(),
-                   "description": "Id, UUID or name" if name == "domain" else "UUID or name"}
+                   "description": {"domain": "Id, UUID or name", "interface": "name"}.get(name, "UUID or name")}
                   for name in re.findall(r"{(\w+)}", route.path)]
     parameters += [{"name": name, "in": "query", "schema": shape} for name, shape in route.query.items()]
     kind = "application/jsonl" if route.name == "events" else "application/json"

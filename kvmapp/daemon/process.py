@@ -16,8 +16,8 @@ import struct
 import time
 from contextlib import suppress
 
-from kvmapp.client import connect
-from kvmapp.errors import KvmappError, NoResponse, error_from_dict
+from kvmapp.client import ask_domain, connect
+from kvmapp.errors import ConnectionFailed, KvmappError, NoResponse, error_from_dict
 from kvmapp.values import is_plain
 
 TYPE_CHECKING = False
@@ -99,10 +99,13 @@ class ControlLink(asyncio.Protocol):
 
 
 class DomainProcess:
-    """`changed()` is called when what it says of itself changed, `gone()` once, when the process has ended."""
+    """`changed()` is called when what it says of itself changed, `gone()` once, when the process has ended, `removed(device)` when
+    the guest has let go of a device.
+    """
 
-    def __init__(self, name: str, control: str, changed: Callable[[], None], gone: Callable[[], None]):
-        self.name, self.control, self.changed, self.gone = name, control, changed, gone
+    def __init__(self, name: str, control: str, changed: Callable[[], None], gone: Callable[[], None],
+                 removed: Callable[[str], None] = lambda device: None):
+        self.name, self.control, self.changed, self.gone, self.removed = name, control, changed, gone, removed
         self.pid = 0
         self.start_time = 0                     # tells a pid from its reuse; clock ticks since the host's boot
         self.pidfd = -1
@@ -203,9 +206,19 @@ class DomainProcess:
         self.set_silent(False)
         return answer
 
+    async def ask_with_files(self, verb: str, files: dict[str, int], timeout: float, **arguments: object) -> dict:
+        """As `ask`, with open descriptors (SCM_RIGHTS), on a connection of its own. They stay ours to close."""
+        try:
+            return await asyncio.to_thread(ask_domain, self.control, verb, timeout=timeout, descriptors=list(files.values()),
+                                           files=list(files), **arguments)
+        except ConnectionFailed as error:
+            raise NoResponse(error.message, error.hint) from None
+
     def hear(self, event: dict) -> None:
         if event.get("type") in (None, "lifecycle"):
             self.take_status({**self.status, **event})
+        elif event.get("type") == "device-removed" and isinstance(event.get("device"), str):
+            self.removed(event["device"])
 
     def take_status(self, status: dict) -> None:
         """What the process says of itself, as far as it is plausible."""

@@ -101,9 +101,13 @@ class Daemon:
             log.error("reload: %s", error)
         self.reopen_log(self.config.log_level)
         self.supervisor.refresh()
-        self.supervisor.run(self.supervisor.networks.check(rules=True), "networks put back")
+        self.supervisor.run(self.put_back(), "networks put back")
         log.info("reloaded")
         notify("READY=1", self.status_line())
+
+    async def put_back(self) -> None:
+        await self.supervisor.networks.check(rules=True)
+        await self.supervisor.cards.check(everything=True)
 
     def read_config(self) -> DaemonConfig:
         return read_daemon(os.path.join(self.paths.config, "kvmapp.conf"))

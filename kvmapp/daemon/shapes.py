@@ -107,6 +107,16 @@ DOMAINS = record(domains=list_of(ref("Domain")))
 
 CHANGED = record(domain=ref("Domain"), warnings=list_of(text()))
 
+INTERFACE_CHANGED = record(domain=ref("Domain"), interface=ref("Interface"), warnings=list_of(text()))
+
+HOST_INTERFACES = record(interfaces=list_of(record(
+    name=text(), mac=maybe(text()), active=yes_no("it is up"), mtu=maybe(whole()), type=text("ether, loopback, bridge, ..."),
+    bridge=maybe(text("what it is a port of")), ports=list_of(text("of a bridge")), addresses=list_of(text("192.0.2.1/24")))))
+
+BRIDGED = record(bridge=text(), device=text(), timeout=number("seconds until it is undone unless confirmed"), warnings=list_of(text()))
+
+CONFIRMED = record(what=text("for people"))
+
 DEFINED = record(domain=ref("Domain"), created=yes_no("false: there was one and it was replaced"),
                  made=list_of(text("what was absent and made: uuid, [interface 0] mac")), warnings=list_of(text()))
 
@@ -151,7 +161,7 @@ ALL_STATS = record(domains=list_of(ref("Stats")))
 WAITED = record(domain=ref("Domain"), reached=yes_no("false: the time ran out"))
 
 EVENT = {**record(time=number(), event=one_of("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-broken",
-                                              "daemon", "network", "lost"),
+                                              "daemon", "network", "device-removed", "lost"),
                   domain=maybe(text()), uuid=maybe(text()), id=maybe(whole()),
                   type=maybe(text("lifecycle: Defined, Undefined, Started, Suspended, Resumed, Stopped, Shutdown, Crashed")),
                   detail=maybe(text("Added, Updated, Renamed, Removed, Booted, Paused, Unpaused, Shutdown, Destroyed, ..."))),
@@ -216,7 +226,8 @@ ADDRESSES = record(addresses=list_of(record(interface=maybe(text("the tap")), ma
 SCHEMAS: dict[str, Shape] = {
     "Error": ERROR, "Job": JOB, "Waiting": WAITING, "Domain": DOMAIN, "Disk": DISK, "Interface": INTERFACE, "Console": CONSOLE,
     "Ending": ENDING, "DomainDetail": DETAIL, "Domains": DOMAINS, "Changed": CHANGED, "Defined": DEFINED, "Undefined": UNDEFINED,
-    "Config": CONFIG, "MemorySet": MEMORY_SET, "Vcpu": VCPU, "Vcpus": VCPUS, "DiskStats": DISK_STATS, "InterfaceStats": INTERFACE_STATS,
+    "Config": CONFIG, "InterfaceChanged": INTERFACE_CHANGED, "HostInterfaces": HOST_INTERFACES, "Bridged": BRIDGED, "Confirmed": CONFIRMED,
+    "MemorySet": MEMORY_SET, "Vcpu": VCPU, "Vcpus": VCPUS, "DiskStats": DISK_STATS, "InterfaceStats": INTERFACE_STATS,
     "BalloonStats": BALLOON_STATS, "Stats": STATS, "AllStats": ALL_STATS,
     "Waited": WAITED, "Event": EVENT, "Node": NODE, "CpuStats": CPU_STATS, "MemoryStats": MEMORY_STATS,
     "Capabilities": CAPABILITIES, "Version": VERSION, "Daemon": DAEMON, "Autostart": AUTOSTART, "Reloaded": RELOADED, "Log": LOG,
@@ -235,6 +246,13 @@ DEFINE_NETWORK = options(text=text("an INI file"), file=text("where the text cam
 UPDATE_NETWORK = options(command=one_of("add", "modify", "delete"), section=one_of("host", "forward"), name=text("the heading's word"),
                          settings=map_of(text("as in the file: key and value")), live=yes_no("the active network, at once"),
                          config=yes_no("the file; neither: both, as far as they are there"))
+UNBRIDGE = options(timeout=number("seconds to confirm it in; 30 if not given"))
+BRIDGE = options(bridge=text("its name"), timeout=number("seconds to confirm it in; 30 if not given"))
+INTERFACE_SETTINGS = map_of(text("as in [interface N] of the file: key and value; an empty value is the default"))
+ATTACH_INTERFACE = options(settings=INTERFACE_SETTINGS, live=yes_no(), config=yes_no(), persistent=yes_no("the file, and live if it runs"))
+DETACH_INTERFACE = options(type=text("of this type only"), interface=text("its MAC address, or its tap"), live=yes_no(), config=yes_no(),
+                           persistent=yes_no())
+UPDATE_INTERFACE = options(interface=text("its MAC address, or its tap"), settings=INTERFACE_SETTINGS, live=yes_no(), config=yes_no())
 START = options(paused=yes_no("made, but its vCPUs do not run yet"))
 SHUTDOWN = options(mode=one_of("acpi"), timeout=number("wait so long for the end; null or 0: do not wait"))
 REBOOT = options(mode=one_of("acpi"))

@@ -85,7 +85,7 @@ class Start:
         if self.config.disks:                                   # a file server that hangs must hold up this start only
             await asyncio.to_thread(self.identify_disks)
         self.check_disks()
-        self.open_taps()
+        await self.open_taps()
         self.make_folder()
         listener = listen(self.paths.control(self.domain.name), 0o660, self.supervisor.socket_gid)
         self.files["control"] = listener.detach()
@@ -170,13 +170,16 @@ class Start:
                                               f"'{other.name}', which runs",
                                               "two domains may share a disk only when both have readonly = yes")
 
-    def open_taps(self) -> None:
+    async def open_taps(self) -> None:
         networks = self.supervisor.networks
         for interface in self.config.interfaces:
-            tap = open_tap(interface, networks.bridge_of(interface) if interface.type == "network" else None)
+            bridge = networks.bridge_of(interface) if interface.type == "network" else interface.source or ""
+            tap = open_tap(interface, bridge)
             if tap is not None:
                 self.files[f"interface:{interface.index}"] = tap.fd
                 self.taps[str(interface.index)] = tap.name
+                if tap.made:
+                    await self.supervisor.cards.settle(self.domain.name, interface, tap.name, bridge)
         networks.expect(self.config)
 
     def make_folder(self) -> None:

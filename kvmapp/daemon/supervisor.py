@@ -14,6 +14,8 @@ import time
 from kvmapp import runtime
 from kvmapp.config import DomainConfig
 from kvmapp.daemon import domainlog
+from kvmapp.daemon.bridging import Bridging
+from kvmapp.daemon.cards import Cards
 from kvmapp.daemon.cgroups import Cgroups
 from kvmapp.daemon.domain import Domain, Record, read_ending, write_ending
 from kvmapp.daemon.events import Events
@@ -53,6 +55,8 @@ class Supervisor:
         self.last_id = 0
         self.socket_gid: int | None = None              # whose members may use the domains' control sockets, too
         self.networks = Networks(self)
+        self.cards = Cards(self)
+        self.bridging = Bridging(self)
 
     # The set.
 
@@ -125,6 +129,7 @@ class Supervisor:
         await asyncio.gather(*(self.find_process(domain) for domain in self.active()))
         self.merge()
         await self.networks.find_running()
+        await self.cards.find_running()
 
     def read_last_id(self) -> int:
         try:
@@ -194,12 +199,14 @@ class Supervisor:
 
     def attach(self, domain: Domain) -> DomainProcess:
         return DomainProcess(domain.name, self.paths.control(domain.name), lambda: self.state_changed(domain),
-                             lambda: self.process_gone(domain))
+                             lambda: self.process_gone(domain), lambda device: self.cards.removed(domain, device))
 
     def begin(self) -> None:
         self.zygote.start()
+        self.bridging.find_pending()
         self.run(self.watch(), "watch")
         self.run(self.networks.watch(), "watch of networks")
+        self.run(self.cards.watch(), "watch of cards")
 
     async def end(self) -> None:
         """Lets go of everything; every domain runs on."""
@@ -314,6 +321,7 @@ class Supervisor:
 
     def clear_away(self, domain: Domain) -> None:
         """Whatever a start made, as far as it got. Taps went with the process."""
+        self.cards.release(domain.name)
         self.run(self.leave_groups(domain), f"control group of {domain.name}")
         for path in (self.paths.control(domain.name), os.path.join(self.paths.records, f"{domain.name}.json")):
             try:

@@ -1,7 +1,7 @@
 """Taps of running domains: made here as root, put into their bridge, handed to the domain process as open descriptors.
 
 Documentation/networking/tuntap.rst, netdevice(7) and linux/if_bridge.h. A tap is not persistent: it goes when the last descriptor
-does, so a domain that dies in whatever way leaves no vnetN behind. Left out: several queues, VLANs.
+does, so a domain that dies in whatever way leaves no vnetN behind. What else is at its port is for ports.py. Left out: several queues.
 """
 from __future__ import annotations
 

@@ -25,19 +25,19 @@ cmdline = console=ttyS0 panic=-1 quiet {append}
 type = network
 source = default
 mac = {mac}
-[serial 0]
+{card}[serial 0]
 """
 
 
 def ctl(*words):
-    done = subprocess.run(["kvmappctl", *words], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(["kvmappctl", *words], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
     print(f"# kvmappctl {' '.join(words)}\n{done.stdout}", end="")
     return done.stdout
 
 
 def host(*words, check=True):
-    return subprocess.run(words, capture_output=True, text=True, timeout=60, check=check).stdout
+    return subprocess.run(words, capture_output=True, text=True, timeout=300, check=check).stdout
 
 
 def traces():
@@ -81,9 +81,9 @@ def outside():
 def start(tmp_path):
     guests = []
 
-    def start_one(name, mac, append, initrd="/lab/initramfs.gz", more=""):
+    def start_one(name, mac, append, initrd="/lab/initramfs.gz", more="", card=""):
         path = tmp_path / f"{name}.conf"
-        path.write_text(DOMAIN.format(name=name, mac=mac, initrd=initrd, append=append) + more)
+        path.write_text(DOMAIN.format(name=name, mac=mac, initrd=initrd, append=append, card=card) + more)
         ctl("define", str(path))
         guests.append(Guest(["kvmappctl", "start", name, "--console"]))
         return guests[-1]
@@ -129,6 +129,36 @@ def test_stock_guests_on_the_default_network(daemon, outside, start, root_disk):
     assert after == before
 
 
+def test_a_spoofing_stock_guest_is_contained_and_its_card_obeys(daemon, outside, start):
+    """It tries what its root may: a second address, another MAC; then the host plugs its cable and limits its rates."""
+    before = traces()
+    ctl("net-start", "default")
+    guest = start("eve", "52:54:00:00:00:01", "net=dhcp shell=ttyS0", card="filter = clean-traffic\n")
+    guest.expect("GUEST UP", BOOT_SECONDS)
+    guest.expect("# ")
+    assert " 0% packet loss" in guest.run("ping -c 2 192.168.122.1")
+    assert "table netdev kvmapp-vnet0" in host("nft", "list", "ruleset")
+    guest.run("ip address add 192.168.122.99/24 dev eth0")
+    assert "100% packet loss" in guest.run("ping -c 2 -W 2 -I 192.168.122.99 192.168.122.1")
+    assert "192.168.122.99" not in host("ip", "neighbour")
+    assert " 0% packet loss" in guest.run("ping -c 2 192.168.122.1")
+    guest.run("ip link set eth0 down; ip link set eth0 address 52:54:00:00:00:99; ip link set eth0 up")
+    assert "100% packet loss" in guest.run("ping -c 2 -W 2 192.168.122.1")
+    guest.run("ip link set eth0 down; ip link set eth0 address 52:54:00:00:00:01; ip link set eth0 up")
+    assert " 0% packet loss" in guest.run("ping -c 2 192.168.122.1")
+
+    assert ctl("domif-setlink", "eve", "vnet0", "down") == "Device updated successfully\n\n"
+    assert guest.run("cat /sys/class/net/eth0/carrier") == "0" and ctl("domif-getlink", "eve", "vnet0") == "vnet0 down\n\n"
+    ctl("domif-setlink", "eve", "vnet0", "up")
+    assert guest.run("cat /sys/class/net/eth0/carrier") == "1"
+    ctl("domiftune", "eve", "vnet0", "--inbound", "1000,2000,512", "--outbound", "500")
+    assert "inbound.average: 1000\n" in ctl("domiftune", "eve", "vnet0")
+    assert "rate 8Mbit ceil 16Mbit" in host("tc", "class", "show", "dev", "vnet0")
+    ctl("destroy", "eve")
+    ctl("net-destroy", "default")
+    assert traces() == before
+
+
 def test_user_mode_needs_no_privileges(outside, lab):
     if not NESTED_LAB:
         pytest.skip("needs a host of its own: the lab")
@@ -142,6 +172,8 @@ def test_user_mode_needs_no_privileges(outside, lab):
         guest.expect("# ")
         assert "10.0.2.15/24" in guest.run("ip -4 address show dev eth0")
         assert " 0% packet loss" in guest.run("ping -c 2 10.0.2.2")
+        host("sysctl", "-qw", "net.ipv4.ping_group_range=0 2147483647")
+        assert " 0% packet loss" in guest.run("ping -c 2 203.0.113.1"), "echo requests go out where the host lets them"
         guest.run("(while true; do echo hello from the guest | nc -l -p 80; done) >/dev/null 2>&1 & sleep 1")
         assert outside("busybox", "nc", "203.0.113.2", "8081").strip() == "hello from the guest"
         server = subprocess.Popen(["ip", "netns", "exec", "outside", "busybox", "nc", "-l", "-p", "7"], stdin=subprocess.PIPE, text=True)

@@ -22,7 +22,8 @@ ROOT_MODULES = ["virtio_pci", "virtio_blk", "ext4"]      # what each initrd load
 HOST_MODULES = ["kvm-amd", "tun", "bridge", "br_netfilter", "veth", "dummy", "vhost_net", "vhost_vsock", "nf_tables",
                 "nft_chain_nat", "nft_masq", "nft_ct", "nft_reject_inet", "nft_reject_ipv4", "nft_reject_ipv6", "nft_nat",
                 "nft_fib_ipv4", "nft_fib_ipv6", "nft_compat", "xt_MASQUERADE", "ext4", "loop", "nbd", "dm_snapshot",
-                "dm_flakey", "overlay", "fuse", "9p", "9pnet_virtio", "virtio_pci", "virtio_blk", "virtio_net",
+                "dm_flakey", "overlay", "fuse", "sch_htb", "sch_ingress", "cls_u32", "act_police", "9p", "9pnet_virtio",
+                "virtio_pci", "virtio_blk", "virtio_net",
                 "virtio_console", "virtio_rng"]
 GUEST_MODULES = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "virtio_balloon", "autofs4",
                  "button", "evdev"]

@@ -37,13 +37,14 @@ class Namespace:
         self.run("ip", "link", "set", "lo", "up")
 
     def run(self, *words, check=True, **options):
-        done = subprocess.run(["ip", "netns", "exec", self.name, *words], capture_output=True, text=True, timeout=60, check=False,
-                              **options)
+        options = {"timeout": 180, **options}
+        done = subprocess.run(["ip", "netns", "exec", self.name, *words], capture_output=True, text=True, check=False, **options)
         assert not check or done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout if check else done
 
-    def popen(self, *words):
-        return subprocess.Popen(["ip", "netns", "exec", self.name, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    def popen(self, *words, **options):
+        return subprocess.Popen(["ip", "netns", "exec", self.name, *words], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                                **options)
 
     def delete(self):
         for pid in run("ip", "netns", "pids", self.name).split():

@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,30 @@ def test_who_reaches_whom(host, mode):
     assert answers(outside, told["lease"]) == (mode == "route")
 
 
+@pytest.mark.parametrize("mode", ["nat", "isolated", "route", "open"])
+def test_who_reaches_whom_by_ipv6(host, mode):
+    host.network(text=f"name = default\nmode = {mode}\n[ipv6]\naddress = fd00:122::1/64\n")
+    host.start()
+    outside = host.outside()
+    outside.run("ip", "address", "add", "fd00:9::1/64", "dev", "eth0", "nodad")
+    host.run("ip", "address", "add", "fd00:9::2/64", "dev", "eth0", "nodad")
+    outside.run("ip", "route", "add", "fd00:122::/64", "via", "fd00:9::2")
+    host.net("post", "default", "start")
+    ann, bob = host.plug("virbr0", "g0"), host.plug("virbr0", "g1")
+    for guest, address in ((ann, "fd00:122::a"), (bob, "fd00:122::b")):
+        guest.run("ip", "address", "add", f"{address}/64", "dev", "eth0", "nodad")
+        guest.run("ip", "-6", "route", "replace", "default", "via", "fd00:122::1")
+    assert answers(ann, "fd00:122::b", "-6") and answers(ann, "fd00:122::1", "-6")
+    assert answers(ann, "fd00:9::1", "-6") == (mode != "isolated")
+    assert answers(outside, "fd00:122::a", "-6") == (mode in ("route", "open"))
+    stranger = "fd00:77::a"                     # none of the network's addresses
+    ann.run("ip", "address", "add", f"{stranger}/128", "dev", "eth0", "nodad")
+    outside.run("ip", "route", "add", "fd00:77::/64", "via", "fd00:9::2")
+    host.run("ip", "route", "add", "fd00:77::/64", "dev", "virbr0")
+    reached = ann.run("busybox", "ping", "-6", "-I", stranger, "-c", "1", "-W", "2", "fd00:9::1", check=False).returncode == 0
+    assert reached == (mode == "open")
+
+
 def test_ipv6_by_advertisement(host):
     host.network(text="name = default\n[ipv6]\naddress = fd00:122::1/64\n")
     host.start()
@@ -217,6 +242,25 @@ def test_a_network_that_was_left_half_made_is_cleared_away(host):
     assert host.traces() == before and not note.exists()
     assert host.net("get", "default")["state"] == "inactive"
     assert host.net("post", "default", "start")["network"]["bridge"] == "virbr0"
+
+
+def test_a_daemon_that_is_killed_in_the_middle_of_a_start(host):
+    """Wherever the kill falls: the next daemon has the network whole, or nothing of it."""
+    host.network()
+    host.start()
+    before = host.traces()
+    with ThreadPoolExecutor(1) as pool:
+        starting = pool.submit(host.net, "post", "default", "start")
+        host.eventually(lambda: "virbr0" in host.run("ip", "-br", "link"), "the bridge")
+        host.kill()
+        killed = starting.exception()
+    host.start()
+    if host.net("get", "default")["state"] == "inactive":
+        assert killed is not None and host.traces() == before
+        host.net("post", "default", "start")
+    assert "chain postrouting" in host.run("nft", "list", "ruleset") and len(host.dnsmasqs()) == 1
+    host.net("post", "default", "destroy")
+    assert host.traces() == before
 
 
 def test_what_others_take_away_is_put_back(host):

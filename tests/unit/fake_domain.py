@@ -15,8 +15,10 @@ BEAT = 0.02
 
 
 class FakeDomain:
-    def __init__(self, config, control, run_dir, paused):
+    def __init__(self, config, control, run_dir, paused, files):
         self.config, self.control, self.run_dir = config, control, run_dir
+        self.files, self.came = files, []
+        self.links = {}
         self.behaviour = set((config.description or "").split())
         self.state, self.reason = ("paused", "user") if paused else ("running", "booted")
         self.started = time.time()
@@ -52,7 +54,8 @@ class FakeDomain:
 
     def receive(self, client):
         try:
-            data = client.recv(65536)
+            data, fds, _, _ = socket.recv_fds(client, 65536, 8)
+            self.came += fds
         except OSError:
             data = b""
         if not data:
@@ -66,7 +69,9 @@ class FakeDomain:
             self.answer(client, json.loads(line))
 
     def answer(self, client, request):
-        verb = getattr(self, f"verb_{request['verb']}", None)
+        verb = getattr(self, f"verb_{request['verb'].replace('-', '_')}", None)
+        if "old" in self.behaviour and request["verb"].endswith("-device"):
+            verb = None
         try:
             reply = {"ok": verb(client, request)} if verb else {"error": error("bad-request", f"unknown verb {request['verb']}")}
         except Refusal as refusal:
@@ -134,7 +139,34 @@ class FakeDomain:
         self.balloon = request["bytes"]
         return {"balloon": self.balloon}
 
+    # Cards, as vmdevices.py has them.
+
+    def verb_link(self, _client, request):
+        self.links[request["device"]] = request["up"]
+        return request
+
+    def verb_attach_device(self, _client, request):
+        came, self.came = self.came, []
+        if "no-hotplug" in self.behaviour:
+            for fd in came:
+                os.close(fd)
+            raise Refusal(error("wrong-state", "no slot is free"))
+        self.files |= dict(zip(request["files"], came, strict=True))
+        return {"device": f"net{request['interface']['index']}", "slot": 5}
+
+    def verb_detach_device(self, _client, request):
+        index = request["device"].removeprefix("net")
+        if "keeps-cards" not in self.behaviour:
+            if fd := self.files.pop(f"interface:{index}", None):
+                os.close(fd)
+            for client in list(self.subscribers):
+                self.send(client, {"event": {"type": "device-removed", "name": self.config.name, "device": request["device"]}})
+        return {"device": request["device"]}
+
     # What only tests say, on a connection of their own.
+
+    def verb_test_links(self, _client, _request):
+        return self.links
 
     def verb_test_crash(self, _client, _request):
         self.end("crashed", "the guest crashed", 4)
@@ -142,6 +174,12 @@ class FakeDomain:
 
     def verb_test_clock(self, _client, request):
         self.clock = request["jump"]
+        return {}
+
+    def verb_test_frames(self, _client, request):
+        """What a guest would send by its card; before each frame stands an empty virtio_net_hdr."""
+        for frame in request["frames"]:
+            os.write(self.files[f"interface:{request['card']}"], bytes(10) + bytes.fromhex(frame))
         return {}
 
     def verb_test_mute(self, _client, request):
@@ -191,7 +229,7 @@ def run_domain(config, *, control: socket.socket, log_fd: int, files: dict, run_
         ending = {"state": "shut off", "reason": "failed", "text": "Cannot open kernel: it is made of cheese",
                   "hint": "take another", "exit": 1, "time": time.time()}
     else:
-        domain = FakeDomain(config, control, run_dir, paused)
+        domain = FakeDomain(config, control, run_dir, paused, files)
         while "mute" in behaviour:
             time.sleep(3600)
         ending = domain.run()

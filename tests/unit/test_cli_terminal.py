@@ -95,8 +95,8 @@ def session(daemon):
 
 
 @pytest.mark.parametrize(("words", "current", "expected"), [
-    ([], "dom", ["domblklist", "domid", "domifaddr", "domiflist", "domifstat", "dominfo", "domjobinfo", "domlog", "domname", "domrename",
-                 "domstate", "domstats", "domuuid"]),
+    ([], "dom", ["domblklist", "domid", "domif-getlink", "domif-setlink", "domifaddr", "domiflist", "domifstat", "domiftune", "dominfo",
+                 "domjobinfo", "domlog", "dommemstat", "domname", "domrename", "domstate", "domstats", "domuuid"]),
     (["start"], "", ["linuxvm02"]), (["destroy"], "", ["linuxvm01", "web"]), (["dominfo"], "w", ["web"]),
     (["start", "linuxvm02"], "", []), (["start", "linuxvm02"], "--p", ["--paused"]), (["start", "--paused"], "--p", []),
     (["start", "--domain"], "l", ["linuxvm02"]), (["domstats", "web"], "l", ["linuxvm01", "linuxvm02"]),

@@ -1,0 +1,193 @@
+"""The host's side of every running domain's cards: what a start puts there, what is put back, what is taken away at the end.
+
+Looked at when the kernel tells of a changed device, when a network has lent an address, at the heartbeat, and at `reload`. A tap goes
+with its domain process, and takes its VLAN and rates along; its filter's table is ours to remove.
+"""
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from contextlib import suppress
+
+from kvmapp.config import DomainConfig
+from kvmapp.daemon import cardfilter, ports, shaping
+from kvmapp.daemon.links import LinkWatch
+from kvmapp.daemon.ports import Known
+from kvmapp.errors import KvmappError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvmapp.config import InterfaceConfig
+    from kvmapp.daemon.domain import Domain
+    from kvmapp.daemon.supervisor import Supervisor
+
+LEASE_POLL = 0.2                        # seconds; a guest that was just lent an address uses it at once
+SETTLE = 0.02                           # devices change in bursts
+log = logging.getLogger("kvmapp")
+
+
+class Cards:
+    """`filters`: each filtered tap's domain, and what its table says of addresses."""
+
+    def __init__(self, supervisor: Supervisor):
+        self.supervisor = supervisor
+        self.filters: dict[str, tuple[str, Known]] = {}
+        self.complaints: dict[str, str] = {}
+        self.lock = asyncio.Lock()
+        self.woken = asyncio.Event()
+
+    def running(self) -> Iterator[tuple[str, InterfaceConfig, str, str]]:
+        """Domain, card, tap and bridge ('' while its network is not active) of each card that is in a bridge."""
+        for domain in self.supervisor.active():
+            taps = domain.record.taps if domain.record else {}
+            for card in domain.live.interfaces if domain.live else ():
+                tap = taps.get(str(card.index))
+                if tap and card.type in ("bridge", "network"):
+                    yield domain.name, card, tap, self.bridge_of(card)
+
+    def bridge_of(self, card: InterfaceConfig) -> str:
+        if card.type == "bridge":
+            return card.source or ""
+        network = self.supervisor.networks.networks.get(card.source or "")
+        return network.live.bridge or "" if network and network.live and network.active else ""
+
+    def known(self, card: InterfaceConfig) -> Known:
+        """What is fixed in the domain's file; else what the network lends; else what the guest uses first."""
+        if card.addresses:
+            return Known(frozenset(card.addresses), False)
+        if card.type == "bridge":
+            return Known(frozenset(), True)
+        network = self.supervisor.networks.networks.get(card.source or "")
+        if network is None or network.live is None:             # it leads nowhere until the network is started again
+            return Known(frozenset(), False)
+        if network.live.mode == "bridge":
+            return Known(frozenset(), True)
+        fixed = {address for host in network.live.hosts if host.mac == card.mac for address in (host.ipv4, host.ipv6) if address}
+        lent = {str(lease["address"]) for lease in network.leases() if lease["mac"] == card.mac}
+        lends = bool(network.live.ipv4 and network.live.ipv4.dhcp) or any(":" not in one for one in fixed)
+        return Known(frozenset(fixed | lent), not lends)
+
+    # With domains.
+
+    async def settle(self, domain: str, card: InterfaceConfig, tap: str, bridge: str) -> None:
+        """A tap that was just made. Raises KvmappError."""
+        async with self.lock:
+            known = self.known(card)
+            if card.filter != "none":
+                self.filters[tap] = domain, known
+            await asyncio.to_thread(ports.settle, card, tap, bridge, known)
+
+    def release(self, domain: str, only: str | None = None) -> None:
+        """The domain, or this tap of it, is gone."""
+        gone = [tap for tap, (owner, _) in self.filters.items() if owner == domain and only in (None, tap)]
+        for tap in gone:
+            del self.filters[tap]
+        if gone:
+            self.supervisor.run(self.remove_filters(gone), f"filters of {domain}")
+
+    async def remove_filters(self, taps: list[str]) -> None:
+        async with self.lock:
+            for tap in taps:
+                if tap in self.filters:
+                    continue            # another domain's tap has this name by now, and the table is its own
+                try:
+                    await asyncio.to_thread(cardfilter.remove, tap)
+                except KvmappError as error:
+                    log.warning("%s", error)
+
+    async def change(self, domain: str, before: InterfaceConfig, after: InterfaceConfig, tap: str) -> None:
+        """Filter and rates of a running domain's card. Raises KvmappError."""
+        async with self.lock:
+            if after.filter != "none":
+                known = self.known(after)
+                await asyncio.to_thread(cardfilter.apply, after.heading, tap, after.mac, known.addresses, known.learns)
+                self.filters[tap] = domain, known
+            elif self.filters.pop(tap, None):
+                await asyncio.to_thread(cardfilter.remove, tap)
+            if any(getattr(before, key) != getattr(after, key) for key in shaping.RATES):
+                await asyncio.to_thread(shaping.apply, after, tap)
+
+    def removed(self, domain: Domain, device: str) -> None:
+        """The guest has let go of a card, and its tap is gone."""
+        if domain.live is None or domain.record is None or device not in [f"net{card.index}" for card in domain.live.interfaces]:
+            return
+        index = device.removeprefix("net")
+        tap = domain.record.taps.pop(index, None)
+        rest = [card.to_dict() for card in domain.live.interfaces if str(card.index) != index]
+        domain.live = DomainConfig.from_dict({**domain.live.to_dict(), "interfaces": rest})
+        domain.record.config = domain.live.to_dict()
+        domain.record.save(domain.paths)
+        domain.notify()
+        log.info("domain '%s': %s is detached", domain.name, device)
+        self.supervisor.events.publish("device-removed", domain.name, uuid=domain.uuid, id=domain.id, detail=device)
+        if tap:
+            self.release(domain.name, tap)
+
+    # With the daemon.
+
+    async def find_running(self) -> None:
+        """What an earlier daemon left."""
+        with suppress(KvmappError):
+            await asyncio.to_thread(cardfilter.remove_stale)
+        for domain in self.supervisor.active():             # what guests let go of meanwhile
+            for index, tap in list(domain.record.taps.items()) if domain.record else ():
+                if not os.path.exists(f"/sys/class/net/{tap}"):
+                    self.removed(domain, f"net{index}")
+        await self.check(everything=True)
+
+    async def watch(self) -> None:
+        links = LinkWatch(self.woken.set)
+        looked = time.monotonic()
+        try:
+            while True:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.woken.wait(), LEASE_POLL if self.filters else self.supervisor.heartbeat)
+                    await asyncio.sleep(SETTLE)
+                beat = self.woken.is_set() or time.monotonic() - looked >= self.supervisor.heartbeat
+                self.woken.clear()
+                if beat:
+                    looked = time.monotonic()
+                await self.check(tables=beat)
+        finally:
+            links.close()
+
+    async def check(self, *, tables: bool = True, everything: bool = False) -> None:
+        """`tables`: whether the filters' are still there, too; `everything`: the rates, too."""
+        async with self.lock:
+            cards = list(self.running())
+            present = await self.tables() if (tables or everything) and any(card.filter != "none" for _, card, _, _ in cards) else None
+            for domain, card, tap, bridge in cards:
+                try:
+                    await self.put_back(domain, card, tap, bridge, present)
+                    if everything and shaping.is_limited(card) and os.path.exists(f"/sys/class/net/{tap}"):
+                        await asyncio.to_thread(shaping.apply, card, tap)
+                except KvmappError as error:
+                    if self.complaints.get(tap) != str(error):
+                        log.error("domain '%s': %s", domain, error)
+                    self.complaints[tap] = str(error)
+                else:
+                    self.complaints.pop(tap, None)
+
+    async def tables(self) -> set[str] | None:
+        try:
+            return await asyncio.to_thread(cardfilter.tables)
+        except KvmappError:
+            return set()
+
+    async def put_back(self, domain: str, card: InterfaceConfig, tap: str, bridge: str, present: set[str] | None) -> None:
+        if ports.is_loose(tap, bridge):
+            await asyncio.to_thread(ports.put_back, card, tap, bridge)
+            log.warning("domain '%s': bridge %s is there again, and %s is in it", domain, bridge, tap)
+        if card.filter == "none" or not os.path.exists(f"/sys/class/net/{tap}"):
+            return
+        known = self.known(card)
+        gone = present is not None and cardfilter.PREFIX + tap not in present
+        if gone or self.filters.get(tap, ("", None))[1] != known:
+            await asyncio.to_thread(cardfilter.apply, card.heading, tap, card.mac, known.addresses, known.learns)
+            self.filters[tap] = domain, known
+            if gone:
+                log.warning("domain '%s': the filter of %s was gone and is put back", domain, tap)

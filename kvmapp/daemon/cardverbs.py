@@ -1,0 +1,206 @@
+"""Network cards of domains that come, go and change: attach-interface, detach-interface, domif-setlink, domiftune.
+
+As in virsh, the running domain and its file are two things, and `live` and `config` choose. Both new configurations are checked
+before either is changed; the running domain comes first, for it is what can refuse.
+"""
+from __future__ import annotations
+
+import os
+
+from kvmapp import schema
+from kvmapp.config import DomainConfig
+from kvmapp.daemon.actions import change_file, scope
+from kvmapp.daemon.call import Call
+from kvmapp.daemon.domain import Domain, interface_view
+from kvmapp.daemon.netverbs import parsed
+from kvmapp.daemon.taps import open_tap
+from kvmapp.errors import KvmappError, NameInUse, Unsupported, UsageError
+from kvmapp.values import make_mac
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from kvmapp.config import InterfaceConfig
+
+SECTION = schema.DOMAIN.sections["interface"]
+ATTACH_TIMEOUT = 10.0                   # seconds
+EJECT_PATIENCE = 5.0                    # for the guest to let go of a card before the verb answers; a Linux takes a moment
+
+
+async def interface_attach(call: Call) -> dict:
+    domain = call.domain()
+    with domain.jobs.hold("attach-interface", call.who):
+        live, config = chosen(call, domain)
+        targets = configs(domain, live, config)
+        settings = {"mac": make_mac(), **parsed(SECTION, "new", call.body.get("settings", {}))}
+        index = free_index(targets)
+        settings = {key: value for key, value in settings.items() if value is not None}
+        after = [with_cards(one, [*cards_of(one), {"index": index, **settings}]) for one in targets]
+        if live:
+            await plug(call, domain, after[0], card_of(after[0], index))
+        if config:
+            change_file(call, domain, interfaces=cards_of(after[-1]))
+        return changed(call, domain, card_of(after[0], index))
+
+
+async def interface_detach(call: Call) -> dict:
+    domain = call.domain()
+    with domain.jobs.hold("detach-interface", call.who):
+        live, config = chosen(call, domain)
+        found = [find(domain, one, call.body) for one in configs(domain, live, config)]
+        view = changed(call, domain, found[0])
+        if live:
+            await unplug(domain, found[0], view["warnings"])
+        if config:
+            change_file(call, domain, interfaces=[one for one in cards_of(domain.want_persistent()) if one["index"] != found[-1].index])
+        return {**view, "domain": domain.summary()}
+
+
+async def interface_update(call: Call) -> dict:
+    domain = call.domain()
+    with domain.jobs.hold("update-interface", call.who):
+        live, config = chosen(call, domain)
+        targets = configs(domain, live, config)
+        before = [find(domain, one, call.body) for one in targets]
+        settings = parsed(SECTION, str(before[0].index), call.body.get("settings", {}))
+        fixed = [key for key in settings if not SECTION.settings[key].live]
+        if live and fixed:
+            raise Unsupported(f"Cannot change {fixed[0]} of {before[0].heading} while domain '{domain.name}' runs",
+                              "with --config it takes effect at the next start")
+        settings = {key: SECTION.settings[key].default if value is None else value for key, value in settings.items()}
+        after = [with_cards(one, [{**card, **settings} if card["index"] == was.index else card for card in cards_of(one)])
+                 for one, was in zip(targets, before, strict=True)]
+        if live:
+            await apply_live(call, domain, before[0], card_of(after[0], before[0].index))
+            set_live(domain, after[0])
+        if config:
+            change_file(call, domain, interfaces=cards_of(after[-1]))
+        return changed(call, domain, card_of(after[0], before[0].index))
+
+
+# Which configurations, and which card of them.
+
+def chosen(call: Call, domain: Domain) -> tuple[bool, bool]:
+    """`persistent`: what virsh means by it: the file, and the running domain if it runs."""
+    if call.body.get("persistent"):
+        domain.want_persistent()
+        return domain.active, True
+    return scope(call, domain)
+
+
+def configs(domain: Domain, live: bool, config: bool) -> list[DomainConfig]:
+    """The live one first."""
+    found = []
+    if live:
+        domain.want_active()
+        if domain.live is None:
+            raise Unsupported(f"Domain '{domain.name}' was started by another version, which this one does not understand",
+                              "with --config the change takes effect at the next start")
+        found.append(domain.live)
+    return [*found, domain.want_persistent()] if config else found
+
+
+def cards_of(config: DomainConfig) -> list[dict]:
+    return [one.to_dict() for one in config.interfaces]
+
+
+def with_cards(config: DomainConfig, cards: list[dict]) -> DomainConfig:
+    return DomainConfig.from_dict({**config.to_dict(), "interfaces": cards})
+
+
+def card_of(config: DomainConfig, index: int) -> InterfaceConfig:
+    return next(one for one in config.interfaces if one.index == index)
+
+
+def free_index(targets: list[DomainConfig]) -> int:
+    taken = {card.index for config in targets for card in config.interfaces}
+    return next(index for index in range(len(taken) + 1) if index not in taken)
+
+
+def find(domain: Domain, config: DomainConfig, body: dict) -> InterfaceConfig:
+    """By MAC address or by the tap's name; by type alone where there is one of it. virsh's words."""
+    name, kind = body.get("interface"), body.get("type")
+    taps = {one.index: (domain.record.taps if domain.record else {}).get(str(one.index), one.target) for one in config.interfaces}
+    cards = [one for one in config.interfaces if kind in (None, one.type)]
+    if not cards and kind is not None:
+        raise UsageError(f"No interface found whose type is {kind}", f"kvmappctl domiflist {domain.name}")
+    if name is None:
+        if len(cards) > 1:
+            raise UsageError(f"Domain has {len(cards)} interfaces. Please specify which one to detach using --mac",
+                             f"it has: {', '.join(one.mac for one in cards)}")
+        return cards[0]
+    found = next((one for one in cards if name.lower() == one.mac or name == taps[one.index]), None)
+    if found is None:
+        what = f"No interface with MAC address {name} was found" if ":" in name else f"interface (target: {name}) not found"
+        raise UsageError(what, "it has: " + (", ".join(f"{taps[one.index] or '-'} ({one.mac})" for one in cards) or "none"))
+    return found
+
+
+def changed(call: Call, domain: Domain, card: InterfaceConfig) -> dict:
+    return {**call.changed(domain), "interface": interface_view(card, domain.record.taps if domain.record else {})}
+
+
+# The running domain.
+
+def set_live(domain: Domain, config: DomainConfig) -> None:
+    assert domain.record
+    domain.live, domain.record.config = config, config.to_dict()
+    domain.record.save(domain.paths)
+
+
+async def plug(call: Call, domain: Domain, config: DomainConfig, card: InterfaceConfig) -> None:
+    """Makes its tap, hands it to the domain process. Raises KvmappError; then nothing of it is left."""
+    supervisor = call.supervisor
+    process = domain.want_active()
+    for other in supervisor.active():
+        if any(one.mac == card.mac for one in (other.live.interfaces if other.live and other is not domain else ())):
+            raise NameInUse(f"Domain '{other.name}' runs with the same MAC address {card.mac}", "leave --mac out and one is made")
+    bridge = supervisor.networks.bridge_of(card) if card.type == "network" else card.source or ""
+    tap = open_tap(card, bridge)
+    files = {f"interface:{card.index}": tap.fd} if tap else {}
+    try:
+        if tap and tap.made:
+            await supervisor.cards.settle(domain.name, card, tap.name, bridge)
+        supervisor.networks.expect(config)
+        await told(domain, process.ask_with_files("attach-device", files, ATTACH_TIMEOUT, interface=card.to_dict()))
+    except BaseException:
+        if tap:
+            supervisor.cards.release(domain.name, tap.name)
+        raise
+    finally:
+        if tap:
+            os.close(tap.fd)
+    if domain.record is None:
+        raise KvmappError(f"Domain '{domain.name}' ended meanwhile")
+    if tap:
+        domain.record.taps[str(card.index)] = tap.name
+    set_live(domain, config)
+
+
+async def unplug(domain: Domain, card: InterfaceConfig, warnings: list[str]) -> None:
+    """Asks the guest for it; what else there is to do is done when the guest has let go (Cards.removed)."""
+    await told(domain, domain.want_active().ask("detach-device", device=f"net{card.index}"))
+    gone = await domain.wait_until(lambda: domain.live is None or all(one.index != card.index for one in domain.live.interfaces),
+                                   EJECT_PATIENCE)
+    if not gone:
+        warnings.append(f"the guest has not let go of {card.heading} ({card.mac}) yet; a guest without ACPI hotplug never does")
+
+
+async def told(domain: Domain, work: Awaitable[dict]) -> None:
+    """A domain process of a version that knows no such verb says so."""
+    try:
+        await work
+    except KvmappError as error:
+        if "unknown verb" not in error.message:
+            raise
+        raise Unsupported(f"The cards of domain '{domain.name}' cannot come and go while it runs under this version of kvmapp",
+                          "with --config the change takes effect at the next start") from None
+
+
+async def apply_live(call: Call, domain: Domain, before: InterfaceConfig, after: InterfaceConfig) -> None:
+    tap = (domain.record.taps if domain.record else {}).get(str(after.index))
+    if before.link != after.link:
+        await domain.want_active().ask("link", device=f"net{after.index}", up=after.link == "up")
+    if tap and after.type in ("bridge", "network"):
+        await call.supervisor.cards.change(domain.name, before, after, tap)

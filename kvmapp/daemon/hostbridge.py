@@ -1,0 +1,161 @@
+"""The host's own network devices, and moving one into a bridge and out again without losing the connection that asks for it.
+
+    bridging(device, bridge)    the steps as lines of ip(8)'s batch, and those that undo them
+    unbridging(bridge)          the same for the way back
+
+The bridge takes over the device's MAC address, MTU, addresses and routes, so that peers and sessions notice nothing but a moment.
+ip-address(8), ip-route(8), ip-link(8). What is changed here lasts until the host's next boot: the files of distributions' network
+services are theirs. Left out: STP, wireless cards (their access points drop foreign MACs), rules of policy routing.
+"""
+from __future__ import annotations
+
+import json
+import os
+
+from kvmapp.daemon.hostnet import exists, run
+from kvmapp.daemon.taps import is_bridge
+from kvmapp.errors import HostError, KvmappError, NameInUse
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+NET = "/sys/class/net"
+WORDS = (("src", "prefsrc"), ("metric", "metric"), ("table", "table"))      # of a route, and what ip's JSON calls them
+
+
+class Move:
+    """`undo` is whole: it may be run after any number of `steps`, by `ip -force`."""
+    __slots__ = ("steps", "undo", "warnings")
+
+    def __init__(self, steps: list[str], undo: list[str], warnings: list[str]):
+        self.steps, self.undo, self.warnings = steps, undo, warnings
+
+
+# Looking.
+
+def interfaces() -> list[dict]:
+    """virsh's iface-list: what the host has without guests' taps."""
+    found = []
+    for link in json.loads(run(["ip", "-json", "address", "show"], "look at the host's network devices") or "[]"):
+        name = link.get("ifname", "")
+        if name and not os.path.exists(f"{NET}/{name}/tun_flags"):
+            found.append({"name": name, "mac": link.get("address"), "active": "UP" in link.get("flags", ()), "mtu": link.get("mtu"),
+                          "type": "bridge" if is_bridge(name) else link.get("link_type", "ether"), "bridge": link.get("master"),
+                          "ports": ports(name) if is_bridge(name) else [],
+                          "addresses": [f"{one['local']}/{one['prefixlen']}" for one in link.get("addr_info", ()) if "local" in one]})
+    return sorted(found, key=lambda one: one["name"])
+
+
+def ports(bridge: str) -> list[str]:
+    try:
+        return sorted(os.listdir(f"{NET}/{bridge}/brif"))
+    except OSError:
+        return []
+
+
+# Moving.
+
+def bridging(device: str, bridge: str) -> Move:
+    """Raises HostError, with virsh's words where it has any."""
+    what = f"put '{device}' into bridge '{bridge}'"
+    if not exists(device):
+        raise HostError(f"Cannot {what}: there is no device '{device}'", "kvmappctl iface-list --all")
+    if is_bridge(device):
+        raise HostError(f"Existing device {device} is already a bridge", f"kvmappctl attach-interface DOMAIN bridge {device}")
+    if exists(bridge):
+        raise NameInUse(f"Network device {bridge} already exists",
+                        f"to put {device} into it: ip link set {device} master {bridge}" if is_bridge(bridge) else "choose another name")
+    if os.path.exists(f"{NET}/{device}/master"):
+        raise HostError(f"Cannot {what}: '{device}' is in '{os.path.basename(os.readlink(f'{NET}/{device}/master'))}' already")
+    if device == "lo" or os.path.exists(f"{NET}/{device}/tun_flags"):
+        raise HostError(f"Cannot {what}: it is no card of the host")
+    if os.path.exists(f"{NET}/{device}/wireless"):
+        raise HostError(f"Cannot {what}: a wireless card cannot be a bridge's port", "a virtual network: kvmappctl net-start default")
+    link = look(device)
+    make = [f"link add name {bridge} address {link['address']} mtu {link['mtu']} type bridge stp_state 0 forward_delay 0",
+            f"link set dev {bridge} up"]
+    there, here = moving(link, device, bridge), moving(link, bridge, device)
+    return Move([*make, f"link set dev {device} up", *there[:1], f"link set dev {device} master {bridge}", *there[1:]],
+                [f"link set dev {device} nomaster", f"link delete dev {bridge}", *here], warnings_of(link, device, bridge))
+
+
+def unbridging(bridge: str) -> tuple[str, Move]:
+    """The device that was in it, and how it comes out."""
+    if not is_bridge(bridge):
+        raise HostError(f"Device {bridge} is not a bridge" if exists(bridge) else f"There is no device '{bridge}'",
+                        "kvmappctl iface-list --all")
+    there = ports(bridge)
+    if len(there) != 1:
+        words = "Multiple interfaces attached to bridge" if there else "No interface attached to bridge"
+        raise HostError(f"{words} {bridge}" + (f": {', '.join(there)}" if there else ""),
+                        "guests first: kvmappctl detach-interface" if any(os.path.exists(f"{NET}/{one}/tun_flags") for one in there)
+                        else f"ip link delete {bridge}" if not there else None)
+    device, link = there[0], look(bridge)
+    back, undo = moving(link, bridge, device), moving(link, device, bridge)
+    return device, Move(
+        [*back[:1], f"link set dev {device} nomaster", f"link delete dev {bridge}", *back[1:]],
+        [f"link add name {bridge} address {link['address']} mtu {link['mtu']} type bridge stp_state 0 forward_delay 0",
+         f"link set dev {bridge} up", *undo[:1], f"link set dev {device} master {bridge}", *undo[1:]], warnings_of(link, bridge, device))
+
+
+def look(device: str) -> dict:
+    """Its link, addresses and routes."""
+    what = f"look at '{device}'"
+    link = json.loads(run(["ip", "-json", "address", "show", "dev", device], what))[0]
+    link["routes"] = [{**route, "family": family} for family in (4, 6)
+                      for route in json.loads(run(["ip", f"-{family}", "-json", "route", "show", "table", "all", "dev", device], what)
+                                              or "[]") if is_kept(route)]
+    return link
+
+
+def is_kept(route: dict) -> bool:
+    """The kernel makes those of addresses by itself, and learns those of advertisements again."""
+    return route.get("protocol") not in ("kernel", "ra", "redirect") and route.get("table") != "local" and \
+        route.get("type", "unicast") == "unicast" and not str(route.get("dst", "")).startswith(("ff00::", "fe80::"))
+
+
+def moving(link: dict, source: str, target: str) -> list[str]:
+    """Away from the one, then onto the other: narrower routes first, for gateways are found by them."""
+    found = [f"address flush dev {source} scope global"]
+    for one in link.get("addr_info", ()):
+        if one.get("scope") == "global" and "local" in one and not one.get("temporary"):
+            found.append(address_line(one, target))
+    routes = sorted(link["routes"], key=lambda route: ("gateway" in route, route.get("dst") == "default"))
+    return found + [route_line(route, target) for route in routes]
+
+
+def address_line(one: dict, device: str) -> str:
+    words = [f"address replace {one['local']}/{one['prefixlen']} dev {device}"]
+    words += [f"brd {one['broadcast']}"] if "broadcast" in one else []
+    words += ["nodad"] if one["family"] == "inet6" else []
+    for key in ("valid", "preferred"):
+        seconds = one.get(f"{key}_life_time", 0xFFFFFFFF)
+        words += [f"{key}_lft {seconds}"] if seconds < 0xFFFFFFFF else []
+    return " ".join(words)
+
+
+def route_line(route: dict, device: str) -> str:
+    words = [f"route replace {'::/0' if (route['family'], route['dst']) == (6, 'default') else route['dst']}"]
+    words += [f"via {route['gateway']}"] if "gateway" in route else []
+    words.append(f"dev {device}")
+    words += [f"{word} {route[key]}" for word, key in WORDS if route.get(key) is not None]
+    words += ["onlink"] if "onlink" in route.get("flags", ()) else []
+    words += [f"proto {route['protocol']}"] if route.get("protocol") not in (None, "boot") else []
+    return " ".join(words)
+
+
+def warnings_of(link: dict, device: str, target: str) -> list[str]:
+    lent = [f"{one['local']}/{one['prefixlen']}" for one in link.get("addr_info", ())
+            if one.get("dynamic") and one.get("family") == "inet"]
+    return [f"{address} was lent by DHCP to {device}: a DHCP client must ask on {target} from now on" for address in lent]
+
+
+def take(steps: Iterable[str], what: str, *, force: bool = False) -> None:
+    """As one program's work, so that nothing comes in between."""
+    text = "".join(f"{line}\n" for line in steps)
+    try:
+        run(["ip", *(["-force"] if force else []), "-batch", "-"], what, text)
+    except KvmappError:
+        if not force:
+            raise

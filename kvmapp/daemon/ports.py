@@ -1,0 +1,77 @@
+"""One tap's port of a bridge: VLAN, filter and rates, put there at the domain's start and put back when somebody took it away.
+
+bridge(8). The steps block; cards.py calls them in threads, one at a time.
+"""
+from __future__ import annotations
+
+import json
+import os
+
+from kvmapp.daemon import cardfilter, shaping
+from kvmapp.daemon.hostnet import add_port, run
+from kvmapp.daemon.taps import is_bridge
+from kvmapp.errors import HostError
+from kvmapp.values import WORD_CHARACTERS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kvmapp.config import InterfaceConfig
+
+
+class Known:
+    """The addresses that a filtered guest may use; `learns`: the first one that it uses, too."""
+    __slots__ = ("addresses", "learns")
+
+    def __init__(self, addresses: frozenset[str], learns: bool):
+        self.addresses, self.learns = addresses, learns
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Known) and (self.addresses, self.learns) == (other.addresses, other.learns)
+
+    __hash__ = None                                             # type: ignore[assignment]
+
+
+def settle(card: InterfaceConfig, tap: str, bridge: str, known: Known) -> None:
+    """A tap that was just made. Raises HostError."""
+    wanted = [key for key, value in (("vlan", card.vlan), ("filter", card.filter != "none"), ("in_average", card.in_average),
+                                     ("out_average", card.out_average)) if value]
+    if wanted and not WORD_CHARACTERS.issuperset(tap):
+        raise HostError(f"Cannot use tap '{tap}' for {card.heading} with {wanted[0]}: letters, digits, dots, dashes and underscores "
+                        "make its name here", "leave target out, and it is vnetN")
+    if card.vlan is not None:
+        join_vlan(card, tap, bridge)
+    if card.filter != "none":
+        cardfilter.apply(card.heading, tap, card.mac, known.addresses, known.learns)
+    if shaping.is_limited(card):
+        shaping.apply(card, tap)
+
+
+def join_vlan(card: InterfaceConfig, tap: str, bridge: str) -> None:
+    """The only one of this port; frames leave and enter it without a tag."""
+    what = f"put {card.heading} into VLAN {card.vlan}"
+    if not filters_vlans(bridge):
+        raise HostError(f"Cannot {what}: bridge '{bridge}' does not filter VLANs", f"ip link set {bridge} type bridge vlan_filtering 1")
+    for port in json.loads(run(["bridge", "-json", "vlan", "show", "dev", tap], what) or "[]"):
+        for vlan in port.get("vlans", ()):
+            if vlan["vlan"] != card.vlan:
+                run(["bridge", "vlan", "del", "dev", tap, "vid", str(vlan["vlan"])], what)
+    run(["bridge", "vlan", "add", "dev", tap, "vid", str(card.vlan), "pvid", "untagged"], what)
+
+
+def filters_vlans(bridge: str) -> bool:
+    try:
+        with open(f"/sys/class/net/{bridge}/bridge/vlan_filtering") as switch:
+            return switch.read().strip() == "1"
+    except OSError:
+        return False
+
+
+def is_loose(tap: str, bridge: str) -> bool:
+    """Its bridge is there but it is in none: the bridge was made anew. One that an administrator put elsewhere is left there."""
+    return is_bridge(bridge) and os.path.exists(f"/sys/class/net/{tap}") and not os.path.exists(f"/sys/class/net/{tap}/master")
+
+
+def put_back(card: InterfaceConfig, tap: str, bridge: str) -> None:
+    add_port(bridge, tap)
+    if card.vlan is not None:
+        join_vlan(card, tap, bridge)

@@ -1,0 +1,26 @@
+"""What runs in namespaces of its own leaves nothing on the machine: looked at after all of it."""
+import os
+import subprocess
+
+import pytest
+
+from tests.network.namespaces import comm
+
+
+def traces():
+    """Of the machine itself: devices, rules, namespaces, and programs that our daemons start."""
+    def said(*words):
+        try:
+            return subprocess.run(words, capture_output=True, text=True, check=False, timeout=180).stdout
+        except FileNotFoundError:
+            return ""
+    return {"links": sorted(line.split()[0] for line in said("ip", "-br", "link").splitlines()), "rules": said("nft", "list", "ruleset"),
+            "namespaces": sorted(line for line in said("ip", "netns", "list").splitlines() if line.startswith("kvt-")),
+            "processes": sorted(pid for pid in os.listdir("/proc") if pid.isdigit() and comm(pid) == "dnsmasq")}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left():
+    before = traces()
+    yield
+    assert traces() == before

@@ -1,0 +1,125 @@
+"""Cards that come, go and change, of the file and of the running domain: by cards of type user, which want no privileges."""
+import pytest
+
+from kvmapp import errors
+
+MAC = "52:54:00:00:00:01"
+USER = f"[interface 0]\ntype = user\nmac = {MAC}\n"
+
+
+def define(host, name="web", cards=USER, description=""):
+    host.file(name).write_text(f"name = {name}\nmemory = 64\ndescription = {description}\n{cards}")
+
+
+def cards(host, inactive=False):
+    config = host.get("web", "config", inactive=int(inactive))["config"]
+    return {card["mac"]: card for card in config["interfaces"]}
+
+
+def test_a_card_is_attached_to_the_file_to_the_running_domain_or_both(host):
+    host.start()
+    define(host)
+    made = host.post("web", "interfaces", settings={"type": "user"})["interface"]
+    assert made["index"] == 1 and made["mac"].startswith("52:54:00:") and list(cards(host)) == [MAC, made["mac"]]
+    assert "[interface 1]\ntype = user\nmac = " in host.file("web").read_text()
+    host.post("web", "start")
+    live = host.post("web", "interfaces", settings={"type": "user", "mac": "52:54:00:00:00:07"})["interface"]
+    assert live["index"] == 2 and "52:54:00:00:00:07" in cards(host) and "52:54:00:00:00:07" not in cards(host, inactive=True)
+    host.post("web", "interfaces", settings={"type": "user", "mac": "52:54:00:00:00:08"}, persistent=True)
+    assert all("52:54:00:00:00:08" in cards(host, inactive) for inactive in (False, True))
+    host.post("web", "interfaces", settings={"type": "user", "mac": "52:54:00:00:00:09"}, config=True)
+    assert "52:54:00:00:00:09" not in cards(host)
+    host.kill()
+    host.start()
+    assert "52:54:00:00:00:07" in cards(host), "the next daemon knows of it"
+
+
+def test_a_card_is_detached_when_the_guest_has_let_go(running):
+    define(running)
+    running.post("web", "start")
+    assert running.post("web", "interfaces", "detach", type="user", persistent=True)["warnings"] == []
+    assert cards(running) == {} and "interface" not in running.file("web").read_text()
+    with pytest.raises(errors.UsageError, match="No interface found whose type is user"):
+        running.post("web", "interfaces", "detach", type="user")
+
+
+def test_a_guest_that_keeps_its_card_is_told_of(running):
+    define(running, description="keeps-cards")
+    running.post("web", "start")
+    answer = running.post("web", "interfaces", "detach", interface=MAC)
+    assert answer["warnings"] == [f"the guest has not let go of interface 0 ({MAC}) yet; a guest without ACPI hotplug never does"]
+    assert MAC in cards(running)
+
+
+def test_which_card_is_meant(running):
+    define(running, cards=USER + "[interface 1]\ntype = user\nmac = 52:54:00:00:00:02\n")
+    with pytest.raises(errors.UsageError) as caught:
+        running.post("web", "interfaces", "detach", type="user")
+    assert str(caught.value) == "Domain has 2 interfaces. Please specify which one to detach using --mac"
+    with pytest.raises(errors.UsageError, match="No interface with MAC address 52:54:00:00:00:77 was found"):
+        running.post("web", "interfaces", "detach", type="user", interface="52:54:00:00:00:77")
+    running.post("web", "interfaces", "detach", type="user", interface="52:54:00:00:00:02")
+    assert list(cards(running)) == [MAC]
+
+
+def test_the_cable_live_and_in_the_file(running):
+    define(running)
+    running.post("web", "start")
+    running.post("web", "interfaces", "update", interface=MAC, settings={"link": "down"})
+    assert running.told("web", "test_links") == {"net0": False}
+    assert (cards(running)[MAC]["link"], cards(running, inactive=True)[MAC]["link"]) == ("down", "up")
+    running.post("web", "interfaces", "update", interface=MAC, settings={"link": "down"}, config=True)
+    assert "link = down" in running.file("web").read_text()
+    running.post("web", "interfaces", "update", interface=MAC, settings={"link": ""}, config=True, live=True)
+    assert running.told("web", "test_links") == {"net0": True} and cards(running, inactive=True)[MAC]["link"] == "up"
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    ({"colour": "red"}, "unknown key"), ({"type": "carrier-pigeon"}, "expected"), ({"type": "bridge"}, "has no source"),
+    ({"type": "user", "mac": MAC}, "has it already"), ({"type": "user", "in_average": "5"}, "only the types bridge and network"),
+    ({"type": "bridge", "source": "br0", "in_average": "5", "in_peak": "4"}, "less than in_average"),
+    ({"type": "bridge", "source": "br0", "addresses": "1.2.3.4"}, "of no use without filter"),
+    ({"type": "bridge", "source": "br0", "vlan": "4095"}, "expected"), ({"type": "user", "filter": "clean-traffic"}, "only the types")])
+def test_cards_that_cannot_be_change_nothing(running, settings, words):
+    define(running)
+    before = running.file("web").read_text()
+    with pytest.raises(errors.KvmappError, match=words):
+        running.post("web", "interfaces", settings=settings)
+    assert running.file("web").read_text() == before
+
+
+def test_what_cannot_change_while_it_runs(running):
+    define(running)
+    running.post("web", "start")
+    with pytest.raises(errors.Unsupported, match="Cannot change mac of interface 0 while domain 'web' runs"):
+        running.post("web", "interfaces", "update", interface=MAC, settings={"mac": "52:54:00:00:00:02"}, live=True, config=True)
+    assert list(cards(running, inactive=True)) == [MAC]
+
+
+def test_a_domain_that_refuses_keeps_what_it_had(running):
+    define(running, description="no-hotplug")
+    running.post("web", "start")
+    with pytest.raises(errors.KvmappError, match="no slot is free"):
+        running.post("web", "interfaces", settings={"type": "user"}, persistent=True)
+    assert list(cards(running)) == [MAC] and list(cards(running, inactive=True)) == [MAC]
+    with pytest.raises(errors.KvmappError, match=r"there is no such bridge|such device"):
+        running.post("web", "interfaces", settings={"type": "bridge", "source": "br77"})
+
+
+def test_two_running_domains_never_have_one_mac(running):
+    define(running)
+    define(running, "twin", USER.replace(":01", ":02"))
+    running.post("web", "start")
+    running.post("twin", "start")
+    with pytest.raises(errors.NameInUse, match=f"Domain 'web' runs with the same MAC address {MAC}"):
+        running.post("twin", "interfaces", settings={"type": "user", "mac": MAC})
+
+
+def test_a_domain_that_knows_no_such_verb(running):
+    define(running, description="old")
+    running.post("web", "start")
+    for parts, body in (("interfaces",), {"settings": {"type": "user"}}), (("interfaces", "detach"), {"type": "user"}):
+        with pytest.raises(errors.Unsupported, match="cannot come and go while it runs") as caught:
+            running.post("web", *parts, **body)
+        assert caught.value.hint == "with --config the change takes effect at the next start"
+    assert list(cards(running)) == [MAC]

@@ -1,0 +1,45 @@
+"""What a filter tells nft, and what rates tell tc: texts, without a host that changes."""
+from types import SimpleNamespace
+
+import pytest
+
+from kvmapp.daemon import cardfilter, shaping
+
+MAC = "52:54:00:7f:0d:cb"
+
+
+def rules(chain, text):
+    return [line for line in text.partition(f"chain {chain} {{\n")[2].partition("}\nchain")[0].splitlines() if line != "}"]
+
+
+def test_addresses_made_of_a_mac():
+    assert cardfilter.interface_id(MAC) == "::5054:ff:fe7f:dcb"
+    assert cardfilter.interface_id("02:00:00:00:00:01") == "::ff:fe00:1"
+
+
+def test_named_addresses_and_no_others():
+    text = cardfilter.nft_text("vnet0", MAC, ["192.0.2.1", "fd00::1"], None)
+    assert text.startswith("table netdev kvmapp-vnet0\ndelete table netdev kvmapp-vnet0\n") and "learned" not in text
+    assert rules("from_arp", text) == [f"arp saddr ether != {MAC} drop", "arp operation request arp saddr ip 0.0.0.0 accept",
+                                       "arp saddr ip { 192.0.2.1 } accept"]
+    assert "@th,64,128 0xfd000000000000000000000000000001 return" in text
+
+
+def test_what_is_learned_stays_when_the_table_is_made_anew():
+    text = cardfilter.nft_text("vnet0", MAC, [], ["192.0.2.7"])
+    assert "elements = { 192.0.2.7 }" in text and "add @learned { ip saddr } accept" in rules("from_ipv4", text)
+    assert "elements" not in cardfilter.nft_text("vnet0", MAC, [], [])
+
+
+def card(**rates):
+    return SimpleNamespace(heading="interface 0", **{**dict.fromkeys(shaping.RATES), **rates})
+
+
+@pytest.mark.parametrize(("rates", "words"), [
+    ({"in_average": 1000}, ["qdisc add dev t root handle 1: htb default 1", "class add dev t parent 1: classid 1:1 htb rate 1000kbps"]),
+    ({"in_average": 1, "in_peak": 2, "in_burst": 3}, ["rate 1kbps ceil 2kbps burst 3kb"]),
+    ({"out_average": 500}, ["qdisc add dev t ingress", "police rate 500kbps burst 500kb mtu 128kb drop"]),
+    ({"out_average": 5, "out_peak": 9, "out_burst": 7}, ["police rate 5kbps burst 128kb mtu 128kb peakrate 9kbps drop"]), ({}, [])])
+def test_rates(rates, words):
+    lines = shaping.to_guest(card(**rates), "t") + shaping.from_guest(card(**rates), "t")
+    assert bool(lines) == bool(words) and all(any(one in line for line in lines) for one in words)
