@@ -213,6 +213,10 @@ cdef class Vm:
         if self.kvm.capability(abi.KVM_CAP_COALESCED_PIO):
             self.coalesced.add(self.fd, port, size, True)
 
+    def coalesce_memory(self, uint64_t address, uint32_t size):
+        """The same for stores to these addresses outside of RAM."""
+        self.coalesced.add(self.fd, address, size, False)
+
     def set_entry(self, entry):
         """Where the boot vCPU starts (boot.entry.EntryState); the others wait for INIT and SIPI."""
         self.vcpus[0].set_entry(entry)

@@ -282,7 +282,7 @@ class Machine:
         """What carries the virtio devices: the PCI bus, or nothing but addresses."""
         config, pio, mmio, irqs = self.config, self.vm.pio, self.vm.mmio, self.vm.interrupts
         if config.machine == "microvm":
-            self.slots = MmioSlots(mmio, irqs, acpi=config.acpi, legacy=config.virtio == "legacy")
+            self.slots = MmioSlots(self.vm, acpi=config.acpi, legacy=config.virtio == "legacy")
             return
         pci = PciHost("pci", pio, mmio, irqs, mmio64_base=self.window64[0] if self.window64 else 0, reset_control=reset_control)
         self._place(pci, pio, PORT_PCI_CONFIG_ADDRESS, 8)

@@ -8,7 +8,8 @@ from kvmapp.virtio.transitional import virtio_card
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from kvmapp.devices import Bus, Interrupts
+    from kvmapp.core import Vm
+    from kvmapp.devices import Interrupts
     from kvmapp.hw.pci import PciFunction
     from kvmapp.hw.pci_host import PciHost
     from kvmapp.virtio.device import VirtioDevice
@@ -42,19 +43,20 @@ class PciSlots:
 class MmioSlots:
     """Windows from VIRTIO_MMIO_BASE up; lines are shared when there are more devices than lines."""
 
-    def __init__(self, bus: "Bus", interrupts: "Interrupts", *, acpi: bool, legacy: bool):
-        self.bus, self.interrupts, self.legacy = bus, interrupts, legacy
+    def __init__(self, vm: "Vm", *, acpi: bool, legacy: bool):
+        self.vm, self.legacy = vm, legacy
         self.lines = VIRTIO_MMIO_GSIS + (VIRTIO_MMIO_GSIS_ACPI if acpi else ())
         self.names: list[str] = []
         self.windows: list[tuple[int, int, int]] = []    # (base, size, gsi)
 
     def plug(self, device: "VirtioDevice"):
         """The next window, with the next line."""
-        from kvmapp.virtio.mmio import MMIO_WINDOW, VirtioMmio
+        from kvmapp.virtio.mmio import MMIO_ACKNOWLEDGE, MMIO_WINDOW, VirtioMmio
         number = len(self.windows)
         base, gsi = VIRTIO_MMIO_BASE + number * MMIO_WINDOW, self.lines[number % len(self.lines)]
-        window = VirtioMmio(device, self.interrupts.pulse(gsi), legacy=self.legacy)
-        window.enter(self.bus, base)
+        window = VirtioMmio(device, self.vm.interrupts.pulse(gsi), legacy=self.legacy)
+        window.enter(self.vm.mmio, base)
+        self.vm.coalesce_memory(base + MMIO_ACKNOWLEDGE, 4)
         self.windows.append((base, MMIO_WINDOW, gsi))
         self.names.append(device.name)
         return window

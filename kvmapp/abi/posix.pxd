@@ -137,7 +137,6 @@ cdef extern from *:
     #define atomic_store_u64(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
     #define atomic_exchange_u32(p, v) __atomic_exchange_n((p), (v), __ATOMIC_ACQ_REL)
     #define atomic_or_u32(p, v) __atomic_fetch_or((p), (v), __ATOMIC_ACQ_REL)
-    #define atomic_and_u32(p, v) __atomic_fetch_and((p), (v), __ATOMIC_ACQ_REL)
     #define atomic_fence_release() __atomic_thread_fence(__ATOMIC_RELEASE)
     #define atomic_fence_acquire() __atomic_thread_fence(__ATOMIC_ACQUIRE)
     #define atomic_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
@@ -148,7 +147,6 @@ cdef extern from *:
     void atomic_store_u64(uint64_t* p, uint64_t v) noexcept nogil
     uint32_t atomic_exchange_u32(uint32_t* p, uint32_t v) noexcept nogil
     uint32_t atomic_or_u32(uint32_t* p, uint32_t v) noexcept nogil
-    uint32_t atomic_and_u32(uint32_t* p, uint32_t v) noexcept nogil
     void atomic_fence_release() noexcept nogil
     void atomic_fence_acquire() noexcept nogil
     void atomic_fence() noexcept nogil

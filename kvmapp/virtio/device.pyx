@@ -152,14 +152,16 @@ cdef class VirtioDevice(Device):
             raise StateError(f"{self.name}: 'status' is {status:#x}, which has unknown bits")
         if agreed and wanted & ~self.offered:
             raise StateError(f"{self.name}: the guest uses features {wanted & ~self.offered:#x} that are not offered here")
-        if legacy and (agreed or wanted & ~self.legacy_offered()):
-            raise StateError(f"{self.name}: 'legacy' does not go with features {wanted:#x} and 'status' {status:#x}")
+        if legacy and agreed:
+            raise StateError(f"{self.name}: 'legacy' does not go with 'status' {status:#x}")
         if status & VIRTIO_CONFIG_S_DRIVER_OK and not agreed and not legacy:
             raise StateError(f"{self.name}: 'status' is {status:#x}: the driver runs without having agreed on features")
         self.reset()
         self.wanted = wanted
-        self.features = wanted if agreed or legacy else 0
+        self.features = wanted if agreed else 0
         self.legacy = legacy
+        if legacy and self.accepts(wanted & self.legacy_offered()):      # what is beyond them was wished for since
+            self.features = wanted & self.legacy_offered()
         self.generation = generation
         for queue, checked in zip(self.queues, queues, strict=True):
             queue.restore(checked, self.has(VIRTIO_RING_F_INDIRECT_DESC), self.has(VIRTIO_RING_F_EVENT_IDX), packed)

@@ -1,6 +1,7 @@
 from cpython.object cimport PyObject
 from libc.stdint cimport uint32_t, uint64_t
 
+from kvmapp.abi.posix cimport pthread_mutex_t
 from kvmapp.devices cimport Bus, Device, MsiLine
 from kvmapp.virtio.device cimport MAX_QUEUES, Transport, VirtioDevice
 from kvmapp.virtio.virtqueue cimport Virtqueue
@@ -11,7 +12,8 @@ cdef struct MmioState:
     uint32_t queue_select
     uint32_t page_size               # that a legacy driver counts in
     uint32_t alignment               # of a legacy driver's used rings
-    uint32_t isr                     # atomic
+    uint32_t isr                     # causes that the driver has not acknowledged; guarded by `signals`
+    uint32_t unseen                  # those among them that came after its last look
 
 
 cdef class VirtioMmio(Device):
@@ -19,6 +21,7 @@ cdef class VirtioMmio(Device):
     cdef readonly bint legacy
     cdef MmioState state
     cdef MsiLine line
+    cdef pthread_mutex_t signals     # guards the causes of interrupts; the innermost
     cdef Bus bus                     # where it stands, for ioeventfds
     cdef uint64_t base
     cdef bint bound[MAX_QUEUES]
@@ -35,6 +38,8 @@ cdef class VirtioMmio(Device):
     cdef void bind_all(self, bint assign) noexcept nogil
     cdef void bind(self, Virtqueue queue, bint assign) noexcept nogil
     cdef void interrupt(self, uint32_t isr_bit) noexcept nogil
+    cdef uint32_t look(self) noexcept nogil
+    cdef void acknowledge(self, uint32_t causes) noexcept nogil
 
 
 cdef class MmioSignals(Transport):

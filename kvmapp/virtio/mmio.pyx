@@ -2,11 +2,13 @@
 
 For machines without PCI, whose kernels look for nothing and start the sooner. The guest is told where the windows are (by ACPI or
 on its command line; boot/). Registers have version 2 of the layout, or version 1 for drivers of virtio 0.9.5 (4.2.4). Interrupts are
-edges on the line, sent by an irqfd; each queue's doorbell is an ioeventfd on the one notify register. Left out: shared memory.
+edges on the line, sent by an irqfd; each queue's doorbell is an ioeventfd on the one notify register. An acknowledgement takes back
+only what the driver had seen, so that it may arrive late (a coalesced store). Left out: shared memory.
 """
 from libc.stdint cimport UINT32_MAX
 
-from kvmapp.abi.posix cimport atomic_and_u32, atomic_load_u32, atomic_or_u32, atomic_store_u32
+from kvmapp.abi.posix cimport (atomic_load_u32, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+                               pthread_mutex_unlock)
 from kvmapp.abi.virtio cimport VIRTIO_F_RING_RESET
 from kvmapp.devices cimport Bus, MsiLine
 from kvmapp.virtio.device cimport Transport, VirtioDevice, half, with_half
@@ -51,6 +53,7 @@ cdef enum:
     ISR_CONFIG = 2
 
 MMIO_WINDOW = WINDOW
+MMIO_ACKNOWLEDGE = INTERRUPT_ACK
 
 
 cdef class MmioSignals(Transport):
@@ -73,11 +76,15 @@ cdef class VirtioMmio(Device):
     """
 
     def __cinit__(self, VirtioDevice device not None, MsiLine line not None, *, bint legacy=False):
+        pthread_mutex_init(&self.signals, NULL)
         self.rename(device.name)
         self.device = device
         self.line = line
         self.legacy = legacy
         device.connect(MmioSignals(self))
+
+    def __dealloc__(self):
+        pthread_mutex_destroy(&self.signals)
 
     def enter(self, Bus bus not None, uint64_t base):
         """Stands at this address from now on."""
@@ -97,7 +104,7 @@ cdef class VirtioMmio(Device):
         return {"version": 1, "virtio": self.device.save(), "registers": int(1 if self.legacy else 2),
                 "device_feature_select": self.state.device_feature_select,
                 "driver_feature_select": self.state.driver_feature_select, "queue_select": self.state.queue_select,
-                "page_size": self.state.page_size, "alignment": self.state.alignment, "isr": atomic_load_u32(&self.state.isr)}
+                "page_size": self.state.page_size, "alignment": self.state.alignment, "isr": self.state.isr, "unseen": self.state.unseen}
 
     def restore(self, dict state not None):
         reader = StateReader(self.name, state, version=1)
@@ -109,6 +116,7 @@ cdef class VirtioMmio(Device):
         restored.page_size = reader.uint("page_size", UINT32_MAX)
         restored.alignment = reader.uint("alignment", UINT32_MAX)
         restored.isr = reader.uint("isr", ISR_QUEUE | ISR_CONFIG)
+        restored.unseen = reader.bits("unseen", restored.isr)
         virtio = reader.take("virtio", dict)
         reader.done()
         self.bind_all(False)
@@ -156,7 +164,7 @@ cdef class VirtioMmio(Device):
                 return 0
             return half(self.device.offered, self.state.device_feature_select)
         if offset == INTERRUPT_STATUS:
-            return atomic_load_u32(&self.state.isr)
+            return self.look()
         if offset == STATUS:
             return self.device.status_register()
         if offset == CONFIG_GENERATION:
@@ -180,7 +188,7 @@ cdef class VirtioMmio(Device):
         if offset == QUEUE_NOTIFY:
             self.kick(value)
         elif offset == INTERRUPT_ACK:
-            atomic_and_u32(&self.state.isr, ~value)
+            self.acknowledge(value)
         elif offset == DEVICE_FEATURES_SELECT:
             self.state.device_feature_select = value
         elif offset == DRIVER_FEATURES_SELECT:
@@ -265,7 +273,8 @@ cdef class VirtioMmio(Device):
         """The registers after a reset of the device, which has been reset already."""
         self.state.device_feature_select = self.state.driver_feature_select = self.state.queue_select = 0
         self.state.page_size = self.state.alignment = 0
-        atomic_store_u32(&self.state.isr, 0)
+        self.look()
+        self.acknowledge(UINT32_MAX)
         self.bind_all(False)
 
     # ---- kicks and interrupts
@@ -293,5 +302,23 @@ cdef class VirtioMmio(Device):
 
     cdef void interrupt(self, uint32_t isr_bit) noexcept nogil:
         """Any thread: the status bit, then an edge; the driver looks for all bits whenever one comes."""
-        atomic_or_u32(&self.state.isr, isr_bit)
+        pthread_mutex_lock(&self.signals)
+        self.state.isr |= isr_bit
+        self.state.unseen |= isr_bit
+        pthread_mutex_unlock(&self.signals)
         self.line.trigger()
+
+    cdef uint32_t look(self) noexcept nogil:
+        """The driver's load of the causes."""
+        cdef uint32_t isr
+        pthread_mutex_lock(&self.signals)
+        isr = self.state.isr
+        self.state.unseen = 0
+        pthread_mutex_unlock(&self.signals)
+        return isr
+
+    cdef void acknowledge(self, uint32_t causes) noexcept nogil:
+        """The driver has seen to these causes; to those that came after its look it has not, however late this arrives."""
+        pthread_mutex_lock(&self.signals)
+        self.state.isr &= ~causes | self.state.unseen
+        pthread_mutex_unlock(&self.signals)

@@ -241,7 +241,7 @@ def virtio_rng_packed(board):
     driver.queues[0].wait()
 
 
-@profile(VirtioMmio, still=VIRTIO_STILL | {"registers"})
+@profile(VirtioMmio, still=VIRTIO_STILL | {"registers", "unseen"})
 def virtio_rng_mmio(board):
     board.wiring = "mmio"
     driver = board.plug(VirtioRng("rng0", board.memory))

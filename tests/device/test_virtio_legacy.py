@@ -197,12 +197,28 @@ def test_the_state_of_a_legacy_driver_comes_back(guest):
     driver.card.reset()
     driver.card.restore(state)
     assert driver.card.save() == state and driver.device.legacy
-    wrong = {**state, "virtio": {**state["virtio"], "driver_features": F_VERSION_1}}
+    wrong = {**state, "virtio": {**state["virtio"], "status": ACKNOWLEDGE | DRIVER | FEATURES_OK}}
     with pytest.raises(StateError, match="legacy"):
         driver.card.restore(wrong)
     guest.thread.resume()
     driver.card.resume()
     random_bytes(driver.queues[0])
+
+
+def test_features_wished_for_since_the_beginning_do_not_spoil_the_state(guest):
+    """A driver that has kicked already may store any features until DRIVER_OK."""
+    driver = guest.plug(VirtioRng("rng0", guest.memory))
+    driver.set_status(ACKNOWLEDGE | DRIVER)
+    driver.enable_msix()
+    driver.queues = [Queue(driver, 0)]
+    driver.queues[0].enable(vector=1)
+    random_bytes(driver.queues[0])
+    driver.want(0xFFFF_FFFF)
+    driver.card.pause()
+    guest.thread.pause()
+    state = driver.card.save()
+    driver.card.restore(state)
+    assert driver.card.save() == state and driver.device.features & ~driver.device.offered == 0
 
 
 @pytest.mark.parametrize("without", [0, MRG_RXBUF])

@@ -77,7 +77,8 @@ class Guest:
         self.sentinel = Doorbell()
         self.thread.add(self.sentinel)
         self.free = 1 << 20
-        self.cards: list[VirtioPci] = []
+        self.cards: list = []
+        self.drivers: list[Driver] = []
 
     def __enter__(self):
         return self
@@ -105,9 +106,12 @@ class Guest:
     def plug(self, device) -> "Driver":
         """Puts the device on a card into the next slot, powers it up, and gives a driver that has only found its structures."""
         if self.wiring == "pci":
-            return self.insert(VirtioPci(device, self.interrupts), Driver)
-        from tests.device.virtio_wirings import WIRINGS
-        return WIRINGS[self.wiring](self, device)
+            driver = self.insert(VirtioPci(device, self.interrupts), Driver)
+        else:
+            from tests.device.virtio_wirings import WIRINGS
+            driver = WIRINGS[self.wiring](self, device)
+        self.drivers.append(driver)
+        return driver
 
     def insert(self, card: VirtioPci, driver: "type[Driver]") -> "Driver":
         """Puts the card into the next slot and powers it up."""
@@ -242,6 +246,10 @@ class Driver:
         for queue in self.queues:
             queue.enable(vector=queue.index + 1 if msix else NO_VECTOR)
         self.set_status(DRIVER_OK)
+
+    def registers(self) -> tuple:
+        """(bus, base, [(offset, width)]) of the registers that set the device up."""
+        return self.guest.mmio, self.structures[1], list(COMMON.values())
 
     def queue_count(self) -> int:
         return self.get("num_queues")

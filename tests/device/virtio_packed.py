@@ -15,6 +15,7 @@ class PackedQueue(Queue):
         super().__init__(driver, index, size)
         assert driver.features & F_PACKED
         self.avail, self.used = driver.guest.allocate(4, 4), driver.guest.allocate(4, 4)
+        self.described = 0
         self.next_avail = self.next_used = 0             # positions that go on counting: position % size, wrap = position // size
 
     def wrap(self, position: int) -> int:
@@ -32,6 +33,19 @@ class PackedQueue(Queue):
         place = self.desc + 16 * (position % self.size)
         self.memory.write(place, struct.pack("<QIH", address, length, id))
         self.put_word(place + 14, flags)
+
+    def describe(self, index: int, address: int, length: int, flags: int = 0, link: int = 0, table: int | None = None) -> None:
+        """One more descriptor of what `offer` will make available, at the ring's next position whatever `index` is; `link` is its id."""
+        if table is not None:
+            super().describe(index, address, length, flags, link, table)
+            return
+        position = self.next_avail + self.described
+        self.put(position, address, length, link & 0xFFFF, flags & 0xFFFF | self.available(position))
+        self.described += 1
+
+    def offer(self, head: int) -> None:
+        self.next_avail += self.described
+        self.described = 0
 
     def post_buffers(self, buffers: list[tuple[int, int, int]], indirect: bool = False) -> int:
         writable = [(address, length) for address, length, flags in buffers if flags & WRITE]

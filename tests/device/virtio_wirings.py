@@ -17,6 +17,7 @@ from tests.device.virtio_driver import ACKNOWLEDGE, DRIVER, DRIVER_OK, TIMEOUT, 
 from tests.device.virtio_packed import PackedQueue
 
 PAGE = 4096
+QUEUES_MOST = 64                                         # what a driver asks for when nothing tells it to stop
 
 # (port offset, width) of the legacy interface
 LEGACY = {
@@ -39,11 +40,13 @@ class LegacyDriver(Driver):
     def attach(self) -> None:
         super().attach()
         self.ports = self.peek(0x10, 4) & ~3
-        self.with_msix = False
 
-    def enable_msix(self) -> None:
-        super().enable_msix()
-        self.with_msix = True
+    def registers(self) -> tuple:
+        return self.guest.pio, self.ports, list(LEGACY.values())
+
+    @property
+    def with_msix(self) -> bool:
+        return self.peek(self.msix + 2, 2) & 0x8000 != 0
 
     @property
     def config_ports(self) -> int:
@@ -78,12 +81,11 @@ class LegacyDriver(Driver):
         assert self.status == ACKNOWLEDGE | DRIVER | DRIVER_OK
 
     def queue_count(self) -> int:
-        count = 0
-        while True:
+        for count in range(QUEUES_MOST):
             self.put("queue_select", count)
             if self.get("queue_size") == 0:
                 return count
-            count += 1
+        return QUEUES_MOST
 
     def allocate_rings(self, size: int) -> tuple[int, int, int]:
         avail = 16 * size
@@ -127,8 +129,11 @@ class MmioDriver(Driver):
     version = 2
 
     def attach(self) -> None:
-        self.causes = 0
+        self.causes = self.msix = 0
         assert (self.get("magic"), self.get("version"), self.get("device_id")) == (0x74726976, self.version, self.device.device_id)
+
+    def registers(self) -> tuple:
+        return self.guest.mmio, self.slot, [(offset, 4) for offset in MMIO.values()]
 
     def get(self, field: str) -> int:
         return self.guest.mmio.read(self.slot + MMIO["queue_size_max" if field == "queue_size" else field], 4)

@@ -11,7 +11,7 @@ import struct
 from kvmapp.layout import LOW_MEMORY_END, PCI_ECAM_BASE
 from kvmapp.state import StateError
 from tests.device.profiles import SLOT, Board, Profile
-from tests.device.virtio_driver import INDIRECT, NEXT, WRITE, Driver
+from tests.device.virtio_driver import INDIRECT, NEXT, WRITE
 
 SIZE = LOW_MEMORY_END + (4 << 20)                # two memslots
 AREA, AREA_SIZE = 1 << 20, 1 << 20               # where honest addresses point
@@ -89,7 +89,7 @@ class Target:
         self.kept = profile.kept
         self.resume()
         self.guards = [guard(self.board.memory, gpa, size) for gpa, size in self.board.memory.ranges]
-        self.driver = Driver(self.board, SLOT, self.board.cards[0]) if self.board.cards else None
+        self.driver = self.board.drivers[0] if self.board.drivers else None
 
     def close(self) -> None:
         self.board.close()
@@ -146,7 +146,7 @@ class Target:
                 self.board.device.reset()
                 self.board.host.assign_resources()
                 self.resume()
-            if self.driver.get("num_queues") > QUEUES_MOST:
+            if self.driver.queue_count() > QUEUES_MOST:
                 raise KeyError("no card there")
             self.driver.start(without=(kind >> 1 & 3) << 28, msix=not kind & 8, size=16)
         except (AssertionError, KeyError):       # the BAR is not where the driver thinks, or features are refused
@@ -193,15 +193,16 @@ class Target:
             queue.put_word(start + 2 * (stream.byte() % 40), stream.number())
 
     def status(self, stream: Stream) -> None:
-        """A field of virtio's common configuration, wherever it is."""
-        fields = ((0, 4), (8, 4), (12, 4), (16, 2), (20, 1), (22, 2), (24, 2), (26, 2), (28, 2), (32, 4), (36, 4), (40, 4), (44, 4),
-                  (48, 4), (52, 4), (58, 2))
+        """A register that sets the device up, wherever it is."""
+        bus, base, fields = self.driver.registers()
         offset, width = stream.pick(fields)
-        self.board.mmio.write(self.driver.structures[1] + offset, width, stream.number())
+        bus.write(base + offset, width, stream.number())
 
     def msix(self, stream: Stream) -> None:
         """The table, the pending bits, or the enable and mask bits."""
         where = stream.byte()
+        if not self.driver.msix:
+            return
         if where & 1:
             self.driver.poke(self.driver.msix + 2, 2, (where << 8) & 0xC000)
             return

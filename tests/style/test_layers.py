@@ -22,7 +22,7 @@ FLOORS = {
     "hw": {"abi", "memory", "devices", "iothread", "chardev"},
     "virtio": {"abi", "memory", "devices", "iothread", "chardev", "hw", "block", "net"},
     "boot": {"abi", "memory"},
-    "slots": {"abi", "memory", "devices", "hw", "virtio"},
+    "slots": {"abi", "memory", "devices", "core", "hw", "virtio"},
     "machine": {"abi", "memory", "devices", "core", "iothread", "chardev", "hw", "virtio", "block", "net", "boot", "slots"},
     "snapshot": {"machine"},
     "saving": {"loop", "machine", "snapshot"},
