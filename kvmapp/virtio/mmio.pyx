@@ -99,6 +99,7 @@ cdef class VirtioMmio(Device):
     def reset(self):
         self.device.reset()
         self.forget()
+        self.state.page_size = self.state.alignment = 0
 
     def save(self):
         return {"version": 1, "virtio": self.device.save(), "registers": int(1 if self.legacy else 2),
@@ -270,9 +271,8 @@ cdef class VirtioMmio(Device):
         return self.device.queue_table[self.state.queue_select]
 
     cdef void forget(self) noexcept nogil:
-        """The registers after a reset of the device, which has been reset already."""
+        """The registers after a reset of the device, which has been reset already. The page's size stays: Linux tells it before."""
         self.state.device_feature_select = self.state.driver_feature_select = self.state.queue_select = 0
-        self.state.page_size = self.state.alignment = 0
         self.look()
         self.acknowledge(UINT32_MAX)
         self.bind_all(False)

@@ -103,6 +103,7 @@ def test_a_legacy_ring_that_cannot_be_breaks_the_device_only(page_size, align, p
         guest.settle()
         assert driver.status & NEEDS_RESET or not driver.device.queues[0].enabled or align in (0, 3)
         driver.set_status(0)
+        driver.put("page_size", 4096)
         driver.start(size=8)
         random_bytes(driver.queues[0])
 
@@ -136,5 +137,6 @@ def test_no_store_does_harm(kind, stores):
             guest.mmio.write(driver.slot + offset, size, value)
             guest.mmio.read(driver.slot + offset, size)
         driver.set_status(0)
+        driver.put("page_size", 4096)
         driver.start(size=8)
         random_bytes(driver.queues[0])

@@ -191,12 +191,15 @@ class LegacyMmioDriver(MmioDriver):
     want, negotiate, generation = LegacyDriver.want, LegacyDriver.negotiate, LegacyDriver.generation
     reset_queue, allocate_rings = LegacyDriver.reset_queue, LegacyDriver.allocate_rings
 
+    def attach(self) -> None:
+        super().attach()
+        self.put("page_size", PAGE)                      # as Linux does: once, before it resets the device
+
     def offered(self) -> int:
         self.put("device_feature_select", 0)
         return self.get("device_feature")
 
     def install(self, queue, vector: int) -> None:
-        self.put("page_size", PAGE)                      # a reset forgets it
         self.put("queue_select", queue.index)
         assert self.get("queue_page") == 0
         self.put("queue_size", queue.size)
