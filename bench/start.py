@@ -8,12 +8,14 @@ proportional set size (Pss) of each daemon with its domains defined and none run
     python -m bench start [--rounds N] [--parallel N] [--domains N]
 """
 import argparse
+import pwd
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -77,6 +79,7 @@ class Libvirt:
         folder.chmod(0o711)
         Path("/etc/libvirt/qemu.conf").write_text('user = "root"\ngroup = "root"\nsecurity_driver = "none"\nstdio_handler = "file"\n')
         (folder / "libvirtd.conf").write_text(f'unix_sock_dir = "{folder}"\nauth_unix_rw = "none"\n')
+        make_user("libvirt-qemu")
         log = folder / "log"
         self.process = subprocess.Popen([shutil.which("libvirtd") or "libvirtd", "-f", folder / "libvirtd.conf", "-p", folder / "pid"],
                                         stdout=log.open("w"), stderr=subprocess.STDOUT)
@@ -100,6 +103,14 @@ class Libvirt:
 
 def children(pid: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def make_user(name: str) -> None:
+    """libvirtd looks for it though it is told of another; its package makes it, and brings much else."""
+    with suppress(KeyError):
+        pwd.getpwnam(name)
+        return
+    run(["useradd", "--system", "--user-group", name])
 
 
 def run(words: list) -> None:
