@@ -141,7 +141,7 @@ def start_together(ours: Kvmapp, count: int) -> list[float]:
     seconds: list[float] = []
 
     def start(name: str) -> None:
-        with Client(ours.socket, timeout=600) as client:
+        with Client(str(ours.socket), timeout=600) as client:
             gate.wait()
             began = time.monotonic()
             client.post(of(name, "start"))
@@ -152,7 +152,7 @@ def start_together(ours: Kvmapp, count: int) -> list[float]:
         thread.start()
     for thread in threads:
         thread.join()
-    with Client(ours.socket, timeout=600) as client:
+    with Client(str(ours.socket), timeout=600) as client:
         states = {domain["name"]: domain["state"] for domain in client.get("/v1/domains")["domains"]}
         up = [name for name in states if name != "measured" and states[name] == "running"]
         for name in up:

@@ -19,7 +19,8 @@ class Card:
 def domain():
     cards = {"net0": Card()}
     verbs = DeviceVerbs()
-    verbs.machine = SimpleNamespace(config=SimpleNamespace(name="web"), network_cards=lambda: cards, cards=cards)
+    verbs.machine = SimpleNamespace(  # type: ignore[assignment]
+        config=SimpleNamespace(name="web"), network_cards=lambda: cards, cards=cards)
     return verbs
 
 
