@@ -24,6 +24,8 @@ class Said:
 
 
 class PlainHost:
+    lost = False                                                # one of them died without being told to
+
     def __init__(self):
         self.folder = new_folder()
         self.images = images.obtain()
@@ -49,7 +51,11 @@ class PlainHost:
 
     def run(self, command: str) -> Said:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            status = self.nested.run([f"cd /root\n{command}"], PATIENCE, (out.fileno(), err.fileno()))
+            try:
+                status = self.nested.run([f"cd /root\n{command}"], PATIENCE, (out.fileno(), err.fileno()))
+            except (NestedHostDied, OSError):
+                PlainHost.lost = True
+                raise
             texts = []
             for file in (out, err):
                 file.seek(0)

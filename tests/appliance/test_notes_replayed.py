@@ -30,6 +30,7 @@ type = bridge
 source = br0
 mac = 52:54:00:7f:0d:cb
 [serial 0]
+log = /var/log/kvmapp/linuxvm02.out
 """
 COUNTER = """name = counter
 memory = 32 MiB
@@ -112,7 +113,7 @@ def test_define_and_list(host):
 def test_start_makes_one_process(host):
     assert host.says("kvmappctl start linuxvm02") == "Domain linuxvm02 started\n"
     assert host.says("kvmappctl list") == " Id   Name        State\n---------------------------\n 1    linuxvm02   running\n"
-    assert host.says("top -b -n 1 | grep -c 'kvmapp: linuxvm'") == "1\n"
+    assert host.says("top -b -n 1 -w 200 | grep -c 'kvmapp: linuxvm'") == "1\n"
     assert host.says("ps -o user= -p $(pgrep -fx 'kvmapp: linuxvm02')") == "kvmapp\n"
 
 
@@ -138,6 +139,7 @@ def test_autostart_and_reboot_of_the_host(host):
     assert host.says("kvmappctl autostart --disable linuxvm02") == "Domain linuxvm02 unmarked as autostarted\n"
     assert host.says(link) == ""
     host.says("kvmappctl autostart linuxvm02")
+    host.eventually("cat /var/log/kvmapp/linuxvm02.out", "waiting for the power button")
     shown = host.reboot()
     assert "linuxvm02: shut down\n" in shown, shown
     host.run(f"umount -l /src /usr/local/lib/lab-python; {BRIDGE}")
@@ -188,6 +190,7 @@ def test_upgrade_under_a_guest_that_counts(host):
 
 def test_shutdown_and_the_old_version_goes_with_its_last_guest(host):
     assert host.says("kvmappctl destroy counter") == "Domain counter destroyed\n"
+    host.eventually("grep -c 'waiting for the power button' /var/log/kvmapp/linuxvm02.out", "^[2-9]")       # up again since the reboot
     assert host.says("kvmappctl shutdown linuxvm02 --timeout 120").startswith("Domain linuxvm02 ")
     host.eventually("kvmappctl list --all", r"linuxvm02 +shut off")
     assert host.says("ip -o link show master br0") == ""
