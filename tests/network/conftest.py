@@ -1,10 +1,13 @@
-"""What runs in namespaces of its own leaves nothing on the machine: looked at after all of it."""
+"""What runs in namespaces of its own leaves nothing on the machine: looked at after each module."""
 import os
 import subprocess
+import time
 
 import pytest
 
 from tests.network.namespaces import comm
+
+PATIENCE = 20.0
 
 
 def traces():
@@ -19,8 +22,11 @@ def traces():
             "processes": sorted(pid for pid in os.listdir("/proc") if pid.isdigit() and comm(pid) == "dnsmasq")}
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def nothing_is_left():
     before = traces()
     yield
+    deadline = time.monotonic() + PATIENCE              # a daemon's last programs end after it
+    while traces() != before and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert traces() == before

@@ -9,7 +9,7 @@ import pytest
 from kvmapp import errors
 from tests.network import frames, namespaces
 
-REASON = namespaces.missing()
+REASON = namespaces.missing_for_cards()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 MAC, OTHER = "52:54:00:00:00:01", "52:54:00:00:00:02"
 OWN, FOREIGN = "192.168.122.10", "192.168.122.20"

@@ -8,7 +8,7 @@ import pytest
 from kvmapp import errors
 from tests.network import namespaces
 
-REASON = namespaces.missing()
+REASON = namespaces.missing_for_cards()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 # A session: the outside says a number, the host answers with the next one.
 SERVER = ("import socket; s = socket.create_server(('', 22)); print('ready', flush=True); c = s.accept()[0]\n"
