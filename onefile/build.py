@@ -142,11 +142,12 @@ def cache_folder() -> Path:
 
 
 def key() -> str:
-    """Of every source, and of the tools whose output is inside."""
+    """Of every source, of what was compiled from them (a compiler's cache may give the bytes of another folder), and of the tools."""
     digest = hashlib.sha256()
     sources = [path for folder in SOURCES for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix not in SUFFIXES_MADE]
     sources = [path for path in sources if not (path.suffix == ".c" and path.with_suffix(".pyx").exists()) and path.suffix != ".elf"]
-    for path in [*sorted(sources), *(ROOT / name for name in SINGLE_SOURCES)]:
+    compiled = [path for suffix in ("so", "elf") for path in (ROOT / "kvmapp").rglob(f"*.{suffix}")]
+    for path in [*sorted(sources), *(ROOT / name for name in SINGLE_SOURCES), *sorted(compiled)]:
         digest.update(f"{path.relative_to(ROOT)}\0{path.stat().st_mode & 0o111}\0".encode() + path.read_bytes())
     for command in (["gcc", "--version"], ["zstd", "--version"], ["ldconfig", "--version"], ["patchelf", "--version"]):
         digest.update(elf.run(*command).encode())
