@@ -16,7 +16,7 @@ from kvmapp.iothread cimport IoThread, Timer, monotonic_ns
 from kvmapp.layout import ACPI_GPE0_SIZE, ACPI_SLEEP_TYPE_S5
 from kvmapp.state import StateReader
 
-TICKS_MOST = 1 << 56                 # in saved state: 600 years, and room to count on
+TICKS_ROUND = 1 << 56                # in saved state they begin again after 600 years
 
 cdef enum:
     PM1_STATUS = 0x00                # two bytes each
@@ -103,9 +103,11 @@ cdef class AcpiPm(Device):
 
     def save(self):
         """Of a running machine the timer's value is that of this moment."""
+        ticks = self.ticks() % TICKS_ROUND
+        half_turns = min(self.state.half_turns % (TICKS_ROUND >> HALF_TURN_BITS), ticks >> HALF_TURN_BITS)
         return {"version": 1, "status": self.state.status, "enable": self.state.enable, "control": self.state.control,
-                "gpe_status": self.state.gpe_status, "gpe_enable": self.state.gpe_enable, "ticks": self.ticks(),
-                "half_turns": self.state.half_turns}
+                "gpe_status": self.state.gpe_status, "gpe_enable": self.state.gpe_enable, "ticks": ticks,
+                "half_turns": half_turns}
 
     def restore(self, dict saved not None):
         cdef AcpiPmState state
@@ -115,7 +117,7 @@ cdef class AcpiPm(Device):
         state.control = reader.bits("control", CONTROL_KEPT)
         state.gpe_status = reader.uint("gpe_status", 0xFFFF)
         state.gpe_enable = reader.uint("gpe_enable", 0xFFFF)
-        state.ticks = reader.uint("ticks", TICKS_MOST)
+        state.ticks = reader.uint("ticks", TICKS_ROUND - 1)
         state.half_turns = reader.uint("half_turns", state.ticks >> HALF_TURN_BITS)
         reader.done()
         self.state = state

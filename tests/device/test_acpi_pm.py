@@ -108,6 +108,16 @@ def test_the_timer_goes_on_where_it_was_saved(rig):
     assert 0x2345_6789 <= rig.bus.read(TIMER, 4) < 0x2345_6789 + 60 * TIMER_HZ
 
 
+def test_a_timer_that_has_counted_for_ages_can_be_saved_and_restored_again(rig):
+    """Found by the fuzzer: it counted past what the next restore takes."""
+    rig.pm.restore({**rig.pm.save(), "ticks": (1 << 56) - 1, "half_turns": ((1 << 56) - 1) >> 31})
+    rig.pm.resume()
+    while rig.pm.save()["ticks"] == (1 << 56) - 1:
+        pass
+    rig.pm.pause()
+    rig.pm.restore(rig.pm.save())
+
+
 def test_the_timer_s_event_comes_when_the_highest_bit_changes(rig):
     nearly = (1 << 31) - TIMER_HZ // 20
     rig.pm.restore({**rig.pm.save(), "ticks": nearly})
