@@ -9,7 +9,7 @@ from tests.device.profiles import PROFILES
 from tests.fuzz import build
 from tests.fuzz.__main__ import fuzz
 from tests.fuzz.target import Stream, Target, seeds
-from tests.fuzz.worker import CORPUS, read_corpus
+from tests.fuzz.worker import CORPUS, SEED, read_corpus
 
 SECONDS_IN_ALL = 45
 
@@ -34,7 +34,8 @@ def instrumented():
 
 
 @pytest.mark.timeout(600)                        # of which most is the first build
-def test_a_bounded_run_finds_nothing(profile, instrumented):
+def test_a_bounded_run_finds_nothing(profile, instrumented, monkeypatch):
+    monkeypatch.setenv(SEED, "1")                # a test says the same twice; what is new is found by `./build.sh fuzz`
     assert fuzz(profile.name, SECONDS_IN_ALL / len(PROFILES), "sanitized") is None
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tests.fuzz.target import Target, seeds
 
+SEED = "KVMAPP_FUZZ_SEED"                         # in the environment: begins with the same inputs again
 INPUT_SECONDS = 120                              # on a machine that is busy with other things too
 INPUT_MOST = 400                                 # bytes
 TURN = 400                                       # inputs on one board; then what it held must have been given back
@@ -167,7 +168,7 @@ def main() -> None:
     set_log(os.open(os.devnull, os.O_WRONLY))
     ctypes.CDLL(None).prctl(NO_THP, 1, 0, 0, 0)
     [profile] = [profile for profile in PROFILES if profile.name == name]
-    seed = random.SystemRandom().randrange(2**32)
+    seed = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32))
     worker = Worker(profile, Path(folder), random.Random(seed))
     with contextlib.suppress(KeyboardInterrupt):
         worker.fuzz(float(seconds))
