@@ -57,6 +57,7 @@ class InterfaceConfig(Settings):
     mac: str
     mtu: int | None
     queues: int
+    vhost: str
     link: str
     vlan: int | None
     filter: str
@@ -296,6 +297,10 @@ def check_interfaces(config: DomainConfig, origin: Origin) -> None:
             origin.fail(heading, "source", f"{interface.source!r}: an interface of type {kind} has none")
         if kind == "user" and interface.target is not None:
             origin.fail(heading, "target", f"{interface.target!r}: an interface of type user has no tap")
+        if kind == "user" and interface.queues > 1:
+            origin.fail(heading, "queues", f"'{interface.queues}': an interface of type user has one pair of queues")
+        if kind == "user" and interface.vhost == "yes":
+            origin.fail(heading, "vhost", "'yes': an interface of type user has no tap that vhost could serve")
         if kind != "user" and interface.forwards:
             origin.fail(heading, "forwards", f"{interface.forwards[0]!r}: only an interface of type user has forwards",
                         "in a virtual network: kvmappctl net-update NETWORK add forward")

@@ -6,6 +6,8 @@
     → {"id": 4, "verb": "console", "device": "serial0"}        ← {"id": 4, "ok": {...}}, then bytes of the console both ways
     → {"id": 5, "verb": "save"}, with a descriptor             ← {"id": 5, "ok": {...}}, when it is done: a verb may answer later
 
+Descriptors may come with a request (SCM_RIGHTS, sent with its bytes); its verb takes them from `Connection.fds`, the rest is closed.
+
 The daemon and the CLI's console are its clients. A client that leaves too much unread loses its connection; it never holds the
 domain up. Left out: who may connect is a matter of the socket file's owner and mode.
 """
@@ -18,7 +20,7 @@ from kvmapp.errors import BadRequest, KvmappError
 from kvmapp.loop import READ, WRITE, Loop
 
 LINE_MOST = 1 << 20                 # bytes of one request
-FDS_MOST = 4                        # descriptors that may come with a request
+FDS_MOST = 64                       # descriptors that may come with a request
 BACKLOG_MOST = 4 << 20              # bytes that a client may leave unread
 
 
@@ -131,6 +133,7 @@ class Connection:
         if not data:
             self.close()
         elif self.port:
+            self.drop_fds()
             self.port.type(data)
         else:
             self.input += data
@@ -142,7 +145,7 @@ class Connection:
             del self.input[:end + 1]
             if line.strip():
                 self.serve(line)
-        if len(self.input) > LINE_MOST:
+        if len(self.input) > LINE_MOST or len(self.fds) > FDS_MOST:
             self.close()
 
     def serve(self, line: bytes) -> None:

@@ -54,10 +54,12 @@ cdef class Interrupts:
     cdef uint32_t edges[MAX_PINS]
     cdef uint32_t msi_count
     cdef list lines
+    cdef list free_gsis              # of released MSI vectors
 
     cdef void wire(self, uint32_t gsi, bint level) noexcept nogil
     cdef void set_pin(self, uint32_t gsi, bint level) noexcept nogil
     cdef int bind_msi(self, uint32_t gsi, int fd) except -1
+    cdef void unbind_msi(self, uint32_t gsi, int fd) noexcept nogil
     cdef int set_msi_route(self, uint32_t gsi, uint64_t address, uint32_t data) noexcept nogil
 
 

@@ -127,6 +127,11 @@ cdef class Bus:
         if device not in self.devices:
             self.devices.append(device)
 
+    def forget(self, Device device not None):
+        """Lets go of a device that has no window any more; no vCPU may run, for one might still be on its way to it."""
+        if device in self.devices:
+            self.devices.remove(device)
+
     def windows(self):
         """[(base, size, device name)] in ascending order."""
         return [(self.ranges[i].base, self.ranges[i].size, (<Device>self.ranges[i].device).name) for i in range(self.count)]
@@ -269,6 +274,7 @@ cdef class Interrupts:
     def __cinit__(self, *args, **kwargs):
         pthread_mutex_init(&self.lock, NULL)
         self.lines = []
+        self.free_gsis = []
 
     def __dealloc__(self):
         pthread_mutex_destroy(&self.lock)
@@ -281,12 +287,22 @@ cdef class Interrupts:
 
     def msi(self):
         """A new MSI vector with an eventfd of its own. Raises OSError (ENOSPC) when there are no more."""
-        if self.msi_count >= MAX_MSI:
+        if not self.free_gsis and self.msi_count >= MAX_MSI:
             raise OSError(ENOSPC, "no more MSI vectors")
-        line = MsiLine.__new__(MsiLine, self, GSI_MSI_BASE + self.msi_count)
-        self.msi_count += 1
+        gsi = GSI_MSI_BASE + self.msi_count
+        if self.free_gsis:
+            gsi = self.free_gsis.pop()
+        else:
+            self.msi_count += 1
+        line = MsiLine.__new__(MsiLine, self, gsi)
         self.lines.append(line)
         return line
+
+    def release(self, MsiLine line not None):
+        """Takes a vector back whose card is gone; its number goes to the next one."""
+        self.unbind_msi(line.gsi, line.fd)
+        self.lines.remove(line)
+        self.free_gsis.append(line.gsi)
 
     def pulse(self, uint32_t gsi):
         """A new source of edges on pin `gsi` (0-23), with an eventfd of its own: each `trigger` is one edge. Raises OSError."""
@@ -324,6 +340,9 @@ cdef class Interrupts:
     cdef int bind_msi(self, uint32_t gsi, int fd) except -1:
         """A write to `fd` shall raise `gsi`."""
         return 0
+
+    cdef void unbind_msi(self, uint32_t gsi, int fd) noexcept nogil:
+        """A write to `fd` raises nothing any more."""
 
     cdef int set_msi_route(self, uint32_t gsi, uint64_t address, uint32_t data) noexcept nogil:
         """The message that `gsi` shall send; 0 or -errno."""

@@ -59,6 +59,14 @@ cdef class KvmInterrupts(Interrupts):
             raise HostError(f"KVM_IRQFD: {os.strerror(errno)}")
         return 0
 
+    cdef void unbind_msi(self, uint32_t gsi, int fd) noexcept nogil:
+        cdef kvm_irqfd request
+        memset(&request, 0, sizeof(request))
+        request.fd = fd
+        request.gsi = gsi
+        request.flags = abi.KVM_IRQFD_FLAG_DEASSIGN
+        ioctl(self.vm_fd, abi.KVM_IRQFD, &request)
+
     cdef int set_msi_route(self, uint32_t gsi, uint64_t address, uint32_t data) noexcept nogil:
         """A route joins the table when its message is first known: KVM refuses or ignores vectors without one."""
         cdef kvm_irq_routing_entry* entry = NULL

@@ -33,6 +33,8 @@ PORT_ACPI_PM, PORT_ACPI_PM_SIZE = 0x600, 0x28
 # its blocks: PM1a event +0, PM1a control +4, PM timer +8, GPE0 +0x20
 ACPI_GPE0_SIZE = 4                                               # bytes: status for 16 events, then enable for as many
 ACPI_SLEEP_TYPE_S5 = 5                                           # SLP_TYP that powers off; every other type is none
+ACPI_HOTPLUG_EVENT = 1                                           # the general-purpose event of cards that come and go
+PORT_PCI_HOTPLUG, PORT_PCI_HOTPLUG_SIZE = 0x640, 0xC
 PORT_ACPI_RESET = 0x630                                          # what the FADT tells; PORT_PCI_CONFIG_ADDRESS + 1 is the old place
 ACPI_RESET_VALUE = 6
 PCI_IO_BASE, PCI_IO_SIZE = 0xC000, 0x3000

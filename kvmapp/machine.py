@@ -22,6 +22,7 @@ from kvmapp.hw.debug_port import DebugPort
 from kvmapp.hw.i8042 import I8042
 from kvmapp.hw.ns16550 import Ns16550
 from kvmapp.hw.pci_host import ECAM_OFFSET, PciHost
+from kvmapp.hw.pci_hotplug import PciHotplug
 from kvmapp.hw.port92 import Port92
 from kvmapp.hw.reset_control import ResetControl
 from kvmapp.iothread import IoThread
@@ -44,6 +45,8 @@ from kvmapp.layout import (
     PORT_I8042_COMMAND,
     PORT_I8042_DATA,
     PORT_PCI_CONFIG_ADDRESS,
+    PORT_PCI_HOTPLUG,
+    PORT_PCI_HOTPLUG_SIZE,
     PORT_PVPANIC,
     PORT_SYSTEM_CONTROL_A,
 )
@@ -56,7 +59,6 @@ if TYPE_CHECKING:
     from typing import Any
 
     from kvmapp.config import InterfaceConfig
-    from kvmapp.net.backend import NetBackend
 
 STATE_VERSION = 1
 SERIAL_PLACES = ((PORT_COM1, GSI_COM1), (PORT_COM2, GSI_COM2))
@@ -65,8 +67,9 @@ SERIAL_PLACES = ((PORT_COM1, GSI_COM1), (PORT_COM2, GSI_COM2))
 class Machine:
     """The hardware of one guest. `characters` are (name, CharBackend, section of the configuration) for each console."""
     vm: "Any" = None
-    slots: "PciSlots | MmioSlots"
     direct: "Any" = None
+    slots: "Any"
+    hotplug: "Any" = None                               # where there is PCI
 
     def __init__(self, config, files: dict[str, int] | None = None, cpuids: list | None = None):
         """Builds it, powered off. `files` are descriptors opened by others, by what they are for ('disk:vda', 'interface:0');
@@ -80,6 +83,8 @@ class Machine:
         self.devices: list[Device] = []
         self.cards: dict[str, Any] = {}                 # by name of the virtio device: its card or window
         self.threads: list[IoThread] = []
+        self.card_threads: dict[str, list[IoThread]] = {}           # of each network card
+        self.running = False
         self.characters: list[tuple] = []
         self.debug_console: CharBackend | None = None
         try:
@@ -105,7 +110,7 @@ class Machine:
         platform = Platform(self.topology, name=self.config.name, uuid=uuid, acpi=self.config.acpi,
                             serial_ports=tuple(SERIAL_PLACES[serial.index] for serial in self.config.serials),
                             pci_window64=self.window64, virtio_mmio=getattr(self.slots, "windows", None),
-                            pvpanic=self.config.panic is not None)
+                            pvpanic=self.config.panic is not None, hotplug_slots=self.slots.removable(self.card_threads))
         self.vm.set_entry(self.direct.setup(self.memory, platform))
 
     def resume(self) -> None:
@@ -115,9 +120,11 @@ class Machine:
         for thread in self.threads:
             thread.resume()
         self.vm.resume()
+        self.running = True
 
     def pause(self) -> None:
         """Returns when nothing of the machine moves: no vCPU, no I/O in flight."""
+        self.running = False
         self.vm.pause()
         for device in self.devices:
             device.pause()
@@ -125,7 +132,9 @@ class Machine:
             thread.pause()
 
     def reset(self) -> None:
-        """As after a power cycle; the machine is paused. `boot` comes next."""
+        """As after a power cycle; the machine is paused. `boot` comes next. A guest that starts anew holds no card back."""
+        for name in [name for name in self.card_threads if self.hotplug and self.slots.slot_of(name) in self.hotplug.wanted()]:
+            self._take_out(name)
         for device in self.devices:
             device.reset()
         self.memory.clear()
@@ -196,7 +205,56 @@ class Machine:
 
     def network_cards(self) -> dict[str, "Any"]:
         """{name: device} of the network cards, 'net0' and so on."""
-        return {name: card.device for name, card in self.cards.items() if name.startswith("net")}
+        return {name: self.cards[name].device for name in self.card_threads}
+
+    def attach_interface(self, interface: "InterfaceConfig", files: dict[str, int]) -> int:
+        """A network card for the guest as it runs; the slot. Takes what it uses out of `files`. Raises KvmappError, OSError."""
+        self._require_hotplug()
+        name = self._plug_interface(interface, files)
+        if self.running:
+            self.cards[name].resume()
+            for thread in self.card_threads[name]:
+                thread.resume()
+        self.hotplug.insert(self.slots.slot_of(name))
+        return self.slots.slot_of(name)
+
+    def ask_for_card(self, name: str) -> None:
+        """Asks the guest to let go of a network card; then `hotplug.fd` becomes readable."""
+        self._require_hotplug()
+        self.hotplug.ask(self.slots.slot_of(name))
+
+    def take_ejected(self) -> list[str]:
+        """Takes out the cards that the guest has let go of: their names."""
+        slots = self.hotplug.take_ejected()
+        names = [name for name in self.card_threads if self.slots.slot_of(name) in slots]
+        for name in names:
+            self._take_out(name)
+        return names
+
+    def _take_out(self, name: str) -> None:
+        """No vCPU and no thread of the card's may be on its way to it."""
+        was_running = self.running
+        if was_running:
+            self.pause()
+        self.hotplug.forget(self.slots.slot_of(name))
+        card = self.slots.unplug(name)
+        self.devices.remove(card)
+        del self.cards[name]
+        card.close()
+        for thread in self.card_threads.pop(name):
+            thread.close()
+            self.threads.remove(thread)
+        card.part()
+        if was_running:
+            self.resume()
+
+    def _require_hotplug(self) -> None:
+        if self.hotplug is None:
+            raise Unsupported(f"Domain '{self.config.name}' is a {self.config.machine}, whose devices stay as they were at its start",
+                              "change the file and start it anew")
+        if not self.config.acpi:
+            raise Unsupported(f"Domain '{self.config.name}' has no ACPI, so its guest cannot be told of devices that come and go",
+                              "set acpi = yes in its file, or change the file and start it anew")
 
     def inventory(self) -> list[dict]:
         """[{name, slot}] of the virtio devices, and of the PCI bus where there is one."""
@@ -289,6 +347,8 @@ class Machine:
         self._place(pci, mmio, PCI_ECAM_BASE, PCI_ECAM_SIZE, ECAM_OFFSET)
         self.vm.coalesce_port(PORT_PCI_CONFIG_ADDRESS, 4)
         self.slots = PciSlots(pci, irqs, config.virtio)
+        self.hotplug = PciHotplug("pci-hotplug", self.acpi_pm)
+        self._place(self.hotplug, pio, PORT_PCI_HOTPLUG, PORT_PCI_HOTPLUG_SIZE)
 
     def _add_serial_ports(self) -> None:
         for serial in self.config.serials:
@@ -307,26 +367,8 @@ class Machine:
             self._plug(device, *map(self._thread, names))
 
     def _add_interfaces(self) -> None:
-        if self.config.interfaces:
-            from kvmapp.virtio.net import VirtioNet
         for interface in self.config.interfaces:
-            card = VirtioNet(f"net{interface.index}", self.memory, self._network(interface),
-                             bytes.fromhex(interface.mac.replace(":", "")), mtu=interface.mtu or 0, link=interface.link == "up")
-            self._plug(card, self._thread(f"net {interface.index}"))
-
-    def _network(self, interface: "InterfaceConfig") -> "NetBackend":
-        """The other end of a card's cable."""
-        if interface.type == "user":
-            from kvmapp.net.user import UserNet  # brings libslirp and glib
-            return UserNet(forwards=interface.forwards)
-        from kvmapp.net.tap import Tap
-        key = f"interface:{interface.index}"
-        if key in self.files:
-            return Tap(fd=self.files[key])
-        if interface.type != "tap":
-            raise Unsupported(f"Interface {interface.index} of type {interface.type} needs the daemon",
-                              "with kvmapp run, use --net tap=NAME or --net user")
-        return Tap(interface.target)
+            self._plug_interface(interface, self.files)
 
     def _add_virtio_extras(self) -> None:
         """Cards that are seldom busy share the machine's I/O thread."""
@@ -361,13 +403,31 @@ class Machine:
 
     def _plug(self, device, *threads: IoThread) -> None:
         """Plugs a virtio device in; the threads do its I/O, each of several its share of the queues."""
+        self._insert(device)
+        for number, thread in enumerate(threads):
+            device.run_on(thread, None if len(threads) == 1 else range(number, len(device.queues), len(threads)))
+
+    def _insert(self, device) -> None:
         if self.config.packed:
             device.offer_packed()
         card = self.slots.plug(device)
         self.devices.append(card)
         self.cards[device.name] = card
-        for number, thread in enumerate(threads):
-            device.run_on(thread, None if len(threads) == 1 else range(number, len(device.queues), len(threads)))
+
+    def _plug_interface(self, interface: "InterfaceConfig", files: dict[str, int]) -> str:
+        """A network card with threads of its own; its name."""
+        from kvmapp.netcards import make_device
+        device, threads = make_device(interface, files, self.memory)
+        try:
+            self._insert(device)
+        except BaseException:
+            device.close()
+            for thread in threads:
+                thread.close()
+            raise
+        self.card_threads[device.name] = threads
+        self.threads += threads
+        return device.name
 
     def _character(self, name: str, section) -> CharBackend:
         backend = CharBackend(name)

@@ -199,7 +199,12 @@ DOMAIN = File(
                 help="The card's address; made under 52:54:00 when absent."),
         Setting("mtu", Integer(68, 65535), example="1500",
                 help="The largest packet; the bridge's or tap's when absent."),
-        Setting("queues", Integer(1, 16), 1, since="0.2", help="Pairs of queues, one for each of as many vCPUs."),
+        Setting("queues", Integer(1, 16), 1,
+                help="Pairs of queues, so that as many vCPUs send and receive at once; an existing tap must have been made with "
+                     "multi_queue."),
+        Setting("vhost", Choice("auto", "yes", "no"), "no",
+                help="Whether the host's kernel carries the frames (vhost-net): auto, where the host has it; yes, it must; no, "
+                     "kvmapp does."),
         Setting("link", Choice("up", "down"), "up", live=True, help="Whether the cable is plugged in."),
         Setting("vlan", Integer(1, 4094), example="20",
                 help="For the types bridge and network: the guest is in this VLAN, and its own frames bear no tag. Wants a bridge "

@@ -3,16 +3,21 @@
 Both kinds of slots answer `plug(device)` with what then stands for the device in the machine. The guest finds PCI cards by itself;
 of the windows it is told by ACPI or on its command line (boot/).
 """
+from kvmapp.errors import Unsupported
 from kvmapp.layout import VIRTIO_MMIO_BASE, VIRTIO_MMIO_GSIS, VIRTIO_MMIO_GSIS_ACPI
 from kvmapp.virtio.transitional import virtio_card
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kvmapp.core import Vm
     from kvmapp.devices import Interrupts
     from kvmapp.hw.pci import PciFunction
     from kvmapp.hw.pci_host import PciHost
     from kvmapp.virtio.device import VirtioDevice
+
+PCI_SLOTS = 32
 
 
 class PciSlots:
@@ -22,14 +27,34 @@ class PciSlots:
         self.host, self.interrupts, self.mode = host, interrupts, mode
 
     def plug(self, device: "VirtioDevice"):
-        """A card in the next slot."""
+        """A card in the first slot that is free."""
+        self.free_slot(device.name)                      # asked first: a card has interrupt vectors to give back
         card = virtio_card(device, self.interrupts, self.mode)
         self.attach(card)
         return card
 
     def attach(self, function: "PciFunction") -> None:
-        """Any card, into the next slot."""
-        self.host.attach(max(slot for slot, _ in self.host.slots()) + 1, function)
+        """Any card, into the first slot that is free."""
+        self.host.attach(self.free_slot(function.name), function)
+
+    def free_slot(self, name: str) -> int:
+        taken = {slot for slot, _ in self.host.slots()}
+        slot = next((number for number in range(1, PCI_SLOTS) if number not in taken), None)
+        if slot is None:
+            raise Unsupported(f"There is no free PCI slot for {name}", "take another device out")
+        return slot
+
+    def unplug(self, name: str):
+        """Takes a card out of its slot and answers it."""
+        return self.host.detach(self.slot_of(name))
+
+    def slot_of(self, name: str) -> int:
+        return next(slot for (slot, _), function in self.host.slots().items() if function.name == name)
+
+    def removable(self, names: "Iterable[str]") -> tuple[int, ...]:
+        """The slots of these cards, and the free ones: what may come and go while the guest runs."""
+        there = {slot: function.name for (slot, _), function in self.host.slots().items()}
+        return tuple(slot for slot in range(1, PCI_SLOTS) if there.get(slot) is None or there[slot] in names)
 
     def inventory(self) -> list[dict]:
         """[{name, slot}] of the cards."""
@@ -60,6 +85,10 @@ class MmioSlots:
         self.windows.append((base, MMIO_WINDOW, gsi))
         self.names.append(device.name)
         return window
+
+    def removable(self, names: "Iterable[str]") -> tuple[int, ...]:
+        """None: windows stay."""
+        return ()
 
     def inventory(self) -> list[dict]:
         """[{name, slot}] of the windows."""

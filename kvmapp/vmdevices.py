@@ -2,13 +2,27 @@
 
     → {"verb": "link", "device": "net0", "up": false}          ← {"device": "net0", "up": false}
       plugs the cable of a network card in or out; the guest is told. `netN` is the card of [interface N].
+    → {"verb": "attach-device", "interface": {"index": 1, "type": "tap", ...}, "files": ["interface:1"]}   and descriptors
+                                                                ← {"device": "net1", "slot": 5}
+      plugs a network card in. `interface` is what config.InterfaceConfig.to_dict gives; the descriptors that the daemon opened for it
+      come by SCM_RIGHTS with the request's first byte, in the order of `files` (netcards.file_name). The guest is told through ACPI.
+    → {"verb": "detach-device", "device": "net1"}               ← {"device": "net1"}
+      asks the guest for the card. When it has let go, its descriptors are closed and subscribers hear
+      {"type": "device-removed", "name": DOMAIN, "device": "net1"}; a guest without ACPI hotplug never does. A reset lets go, too.
 
 Mixed into vmprocess.Domain, which says in which states the domain is.
 """
-from kvmapp.errors import BadRequest, KvmappError
+import os
+
+from kvmapp.errors import BadRequest, KvmappError, NameInUse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from kvmapp.config import DomainConfig
+    from kvmapp.control import ControlServer
     from kvmapp.machine import Machine
 
 
@@ -18,12 +32,71 @@ class DeviceNotFound(KvmappError):
 
 
 class DeviceVerbs:
+    """What it needs of the domain: `require`, `log`."""
     machine: "Machine"
+    config: "Any"
+    server: "ControlServer | None"
+    log: "Callable[[str], None]"
+
+    def require(self, *states: str) -> None:
+        raise NotImplementedError
 
     def verb_link(self, _connection, request) -> dict:
         device, up = wanted(request, "device", str), wanted(request, "up", bool)
         self.card(device).set_link(up)
         return {"device": device, "up": up}
+
+    def verb_attach_device(self, connection, request) -> dict:
+        self.require("running", "paused")
+        config, interface = self.with_interface(wanted(request, "interface", dict))
+        files = self.take_files(connection, request)
+        try:
+            slot = self.machine.attach_interface(interface, files)
+        except OSError as error:
+            raise KvmappError(f"Cannot attach {interface.heading} to domain '{config.name}': {error}") from None
+        finally:
+            for fd in files.values():           # what the card did not take
+                os.close(fd)
+        self.config = self.machine.config = config
+        return {"device": f"net{interface.index}", "slot": slot}
+
+    def verb_detach_device(self, _connection, request) -> dict:
+        self.require("running", "paused")
+        device = wanted(request, "device", str)
+        self.card(device)
+        self.machine.ask_for_card(device)
+        return {"device": device}
+
+    def device_ejected(self, _events: int) -> None:
+        """The guest has let go of cards."""
+        for device in self.machine.take_ejected():
+            self.device_removed(device)
+
+    def device_removed(self, device: str) -> None:
+        self.config = self.machine.config = self.with_interfaces(
+            [one.to_dict() for one in self.config.interfaces if f"net{one.index}" != device])
+        self.log(f"{device} was taken out")
+        if self.server:
+            self.server.publish({"type": "device-removed", "name": self.config.name, "device": device})
+
+    def with_interface(self, section: dict):
+        """The domain's configuration with one more card, and that card; checked as a file is. Raises KvmappError."""
+        index = section.get("index")
+        if any(one.index == index for one in self.config.interfaces):
+            raise NameInUse(f"Domain '{self.config.name}' has an [interface {index}] already", "give it another index")
+        config = self.with_interfaces([*(one.to_dict() for one in self.config.interfaces), section])
+        return config, next(one for one in config.interfaces if one.index == index)
+
+    def with_interfaces(self, sections: list[dict]) -> "DomainConfig":
+        return type(self.config).from_dict({**self.config.to_dict(), "interfaces": sections})
+
+    def take_files(self, connection, request) -> dict[str, int]:
+        """The descriptors that came with the request, by name; they are the caller's to close."""
+        names, files = request.get("files") or [], list(connection.fds)
+        if not isinstance(names, list) or len(names) != len(files) or not all(isinstance(name, str) for name in names):
+            raise BadRequest(f"'files' is {names!r}, but {len(files)} descriptors came", "send them with the request's first byte")
+        connection.fds.clear()
+        return dict(zip(names, files, strict=True))
 
     def card(self, name: str):
         """The network card of that name."""

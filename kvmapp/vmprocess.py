@@ -68,6 +68,8 @@ class Domain(DeviceVerbs):
         """The guest's first instruction, or its next one when the machine was restored; `paused`: all is made ready for it, and
         `resume` gives the word."""
         self.loop.watch(self.machine.power.fd, self.power_event)
+        if self.machine.hotplug:
+            self.loop.watch(self.machine.hotplug.fd, self.device_ejected)
         if not restored:
             self.machine.boot()
         if paused:

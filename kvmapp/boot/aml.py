@@ -3,7 +3,7 @@
     device("COM1", named("_HID", eisa_id("PNP0501")), named("_CRS", resources(io(0x3F8, 8), irq(4))))
 
 A term is bytes already assembled, an int, or a str (an ASL string; a reference to a name is `ref("PATH")`). Follows ACPI 6.5,
-chapter 20 (AML) and section 6.4 (resource descriptors). Leaves out: what our DSDT has no use for, fields and loops above all.
+chapter 20 (AML) and section 6.4 (resource descriptors). Leaves out: what our DSDT has no use for, loops above all.
 """
 import struct
 
@@ -15,6 +15,7 @@ FIXED_WINDOW = 0x0C                                              # minimum and m
 WHOLE_IO_RANGE = 0x03
 CONSUMER, EDGE, SHARED = 1, 2, 8                                 # of an extended interrupt
 END_TAG = b"\x79\x00"
+SPACE_IO, DWORD_ACCESS = 1, 3
 
 
 # Data.
@@ -92,7 +93,31 @@ def dword_field(source: bytes, offset: int, path: str) -> bytes:
     return b"\x8A" + source + integer(offset) + ref(path)
 
 
+def io_region(path: str, port: int, size: int) -> bytes:
+    """OperationRegion in I/O space."""
+    return b"\x5B\x80" + ref(path) + bytes((SPACE_IO,)) + integer(port) + integer(size)
+
+
+def dword_fields(region: str, *names: str) -> bytes:
+    """Field: the region's dwords, one after the other."""
+    return _sized(b"\x5B\x81", ref(region), bytes((DWORD_ACCESS,)), *(ref(name) + bytes((32,)) for name in names))
+
+
 # Statements and expressions.
+
+def call(path: str) -> bytes:
+    """Of a method without arguments."""
+    return ref(path)
+
+
+def notify(path: str, value: int) -> bytes:
+    return b"\x86" + ref(path) + integer(value)
+
+
+def bit_and(left: Term, right: Term) -> bytes:
+    """The value alone, stored nowhere."""
+    return and_(left, right, b"\0")
+
 
 def argument(number: int) -> bytes:
     return bytes((0x68 + number,))

@@ -1,13 +1,14 @@
 """The DSDT: the devices that a guest cannot find by itself, the PCI host bridge's windows and interrupts or the
 windows of virtio-mmio, and how to power off.
 
-Follows ACPI 6.5 and the PCI Firmware Specification 3.3 (_OSC, MCFG's motherboard resource). Leaves out: hot-plug, sleep states
-other than S5, and link devices: PCI pins are wired to fixed interrupts.
+Follows ACPI 6.5 and the PCI Firmware Specification 3.3 (_OSC, MCFG's motherboard resource). Leaves out: sleep states other than S5,
+and link devices: PCI pins are wired to fixed interrupts.
 """
 from kvmapp.boot import aml
 from kvmapp.boot.aml import argument, device, eisa_id, method, named, package, ref, resources, scope
 from kvmapp.boot.platform import Platform
 from kvmapp.layout import (
+    ACPI_HOTPLUG_EVENT,
     ACPI_SLEEP_TYPE_S5,
     GSI_INTX,
     GSI_KEYBOARD,
@@ -23,6 +24,8 @@ from kvmapp.layout import (
     PORT_I8042_COMMAND,
     PORT_I8042_DATA,
     PORT_PCI_CONFIG_ADDRESS,
+    PORT_PCI_HOTPLUG,
+    PORT_PCI_HOTPLUG_SIZE,
     PORT_PVPANIC,
 )
 
@@ -30,6 +33,7 @@ PCI_SLOTS, PCI_PINS = 32, 4
 PCI_OSC = "33db4d5b-1ff7-401c-9657-7441c03dd766"
 OSC_GRANTED = 0x1F                                               # all of PCI Express's features that have no firmware part here
 OSC_UNKNOWN_UUID, OSC_UNKNOWN_REVISION, OSC_MASKED = 0x04, 0x08, 0x10
+DEVICE_CHECK, EJECT_REQUEST = 1, 3                               # what Notify tells (5.6.6)
 VGA_MEMORY, VGA_MEMORY_SIZE = 0xA_0000, 0x2_0000
 
 
@@ -44,7 +48,7 @@ def build(platform: Platform) -> bytes:
         *(_serial(number, port, gsi) for number, (port, gsi) in enumerate(platform.serial_ports, 1)),
         *([_pvpanic()] if platform.pvpanic else []),
         *(_processor(uid) for uid in range(platform.topology.vcpus)),
-    ) + named("\\_S5", package(ACPI_SLEEP_TYPE_S5, ACPI_SLEEP_TYPE_S5, 0, 0))
+    ) + _hotplug_event(platform) + named("\\_S5", package(ACPI_SLEEP_TYPE_S5, ACPI_SLEEP_TYPE_S5, 0, 0))
 
 
 def _pci_host(platform: Platform) -> bytes:
@@ -64,6 +68,7 @@ def _pci_host(platform: Platform) -> bytes:
         named("_CRS", resources(*windows)),
         named("_PRT", _interrupt_routing()),
         _osc(),
+        *_hotplug_slots(platform.hotplug_slots),
     )
 
 
@@ -71,6 +76,29 @@ def _interrupt_routing() -> bytes:
     """(slot and any function, pin, no link device, GSI) for every pin of bus 0."""
     return package(*(package(slot << 16 | 0xFFFF, pin, 0, GSI_INTX[(slot + pin) % PCI_PINS])
                      for slot in range(PCI_SLOTS) for pin in range(PCI_PINS)))
+
+
+def _hotplug_slots(slots: tuple[int, ...]) -> list[bytes]:
+    """Slots whose cards may come and go, over the registers of hw/pci_hotplug; SCAN tells each slot what happened to it."""
+    if not slots:
+        return []
+    region = aml.io_region("PHPR", PORT_PCI_HOTPLUG, PORT_PCI_HOTPLUG_SIZE) + aml.dword_fields("PHPR", "PHPI", "PHPA", "PHPE")
+    devices = [device(_slot(slot), named("_ADR", slot << 16), named("_SUN", slot),
+                      method("_EJ0", 1, aml.store(1 << slot, ref("PHPE")))) for slot in slots]
+    news = [aml.store(ref(field), aml.local(0)) + aml.store(aml.local(0), ref(field)) +
+            b"".join(aml.if_(aml.bit_and(aml.local(0), 1 << slot), aml.notify(_slot(slot), what)) for slot in slots)
+            for field, what in (("PHPI", DEVICE_CHECK), ("PHPA", EJECT_REQUEST))]
+    return [region, *devices, method("SCAN", 0, *news)]
+
+
+def _slot(slot: int) -> str:
+    return f"S{slot:03X}"
+
+
+def _hotplug_event(platform: Platform) -> bytes:
+    if not platform.hotplug_slots:
+        return b""
+    return scope("\\_GPE", method(f"_E{ACPI_HOTPLUG_EVENT:02X}", 0, aml.call("\\_SB.PCI0.SCAN")))
 
 
 def _osc() -> bytes:

@@ -5,8 +5,6 @@ before either is changed; the running domain comes first, for it is what can ref
 """
 from __future__ import annotations
 
-import os
-
 from kvmapp import schema
 from kvmapp.config import DomainConfig
 from kvmapp.daemon.actions import change_file, scope
@@ -158,7 +156,7 @@ async def plug(call: Call, domain: Domain, config: DomainConfig, card: Interface
             raise NameInUse(f"Domain '{other.name}' runs with the same MAC address {card.mac}", "leave --mac out and one is made")
     bridge = supervisor.networks.bridge_of(card) if card.type == "network" else card.source or ""
     tap = open_tap(card, bridge)
-    files = {f"interface:{card.index}": tap.fd} if tap else {}
+    files = tap.files(card.index) if tap else {}
     try:
         if tap and tap.made:
             await supervisor.cards.settle(domain.name, card, tap.name, bridge)
@@ -170,7 +168,7 @@ async def plug(call: Call, domain: Domain, config: DomainConfig, card: Interface
         raise
     finally:
         if tap:
-            os.close(tap.fd)
+            tap.close()
     if domain.record is None:
         raise KvmappError(f"Domain '{domain.name}' ended meanwhile")
     if tap:

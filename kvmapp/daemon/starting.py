@@ -176,7 +176,7 @@ class Start:
             bridge = networks.bridge_of(interface) if interface.type == "network" else interface.source or ""
             tap = open_tap(interface, bridge)
             if tap is not None:
-                self.files[f"interface:{interface.index}"] = tap.fd
+                self.files |= tap.files(interface.index)
                 self.taps[str(interface.index)] = tap.name
                 if tap.made:
                     await self.supervisor.cards.settle(self.domain.name, interface, tap.name, bridge)

@@ -1,10 +1,11 @@
 """Taps of running domains: made here as root, put into their bridge, handed to the domain process as open descriptors.
 
 Documentation/networking/tuntap.rst, netdevice(7) and linux/if_bridge.h. A tap is not persistent: it goes when the last descriptor
-does, so a domain that dies in whatever way leaves no vnetN behind. What else is at its port is for ports.py. Left out: several queues.
+does, so a domain that dies in whatever way leaves no vnetN behind. What else is at its port is for ports.py.
 """
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -26,19 +27,38 @@ IFREQ = 40                              # sizeof(struct ifreq)
 
 
 class Tap:
-    """An open tap. `made`: it is ours and goes with its descriptor."""
-    __slots__ = ("fd", "made", "name")
+    """An open tap. `made`: it is ours and goes with its descriptors, of which there is one a queue; `vhost` are as many open
+    /dev/vhost-net, or none."""
+    __slots__ = ("fds", "made", "name", "vhost")
 
-    def __init__(self, name: str, fd: int, made: bool):
-        self.name, self.fd, self.made = name, fd, made
+    def __init__(self, name: str, fds: list[int], made: bool):
+        self.name, self.fds, self.made = name, fds, made
+        self.vhost: list[int] = []
+
+    def files(self, index: int) -> dict[str, int]:
+        """The descriptors under the names by which the domain process asks for them (netcards.file_name)."""
+        return {f"{kind}:{index}" + (f".{pair}" if pair else ""): fd for kind, fds in (("interface", self.fds), ("vhost", self.vhost))
+                for pair, fd in enumerate(fds)}
+
+    def close(self) -> None:
+        for fd in (*self.fds, *self.vhost):
+            os.close(fd)
 
 
 def open_tap(interface: InterfaceConfig, bridge: str | None = None) -> Tap | None:
     """The host's side of a card, ready for traffic; None where it has no descriptor (type user). `bridge`: of its network."""
     if interface.type == "user":
         return None
-    if interface.type == "tap":
-        return existing_tap(interface)
+    tap = existing_tap(interface) if interface.type == "tap" else bridged_tap(interface, bridge)
+    try:
+        tap.vhost = open_vhost(interface)
+    except HostError:
+        tap.close()
+        raise
+    return tap
+
+
+def bridged_tap(interface: InterfaceConfig, bridge: str | None) -> Tap:
     bridge = bridge or interface.source or ""
     check_bridge(interface.heading, bridge)
     tap = make_tap(interface)
@@ -50,7 +70,7 @@ def open_tap(interface: InterfaceConfig, bridge: str | None = None) -> Tap | Non
             join_bridge(control, tap.name, bridge)
             set_up(control, tap.name)
     except OSError as error:
-        os.close(tap.fd)
+        tap.close()
         raise HostError(f"Cannot put {interface.heading}'s tap '{tap.name}' into bridge '{bridge}': {error.strerror}") from None
     return tap
 
@@ -58,17 +78,30 @@ def open_tap(interface: InterfaceConfig, bridge: str | None = None) -> Tap | Non
 def make_tap(interface: InterfaceConfig) -> Tap:
     """vnetN, the first number that is free, unless the domain's file names it."""
     wanted = interface.target or "vnet%d"
-    fd = open_tun()
+    several = IFF_MULTI_QUEUE if interface.queues > 1 else 0
     try:
-        name = attach(fd, wanted, IFF_TUN_EXCL if interface.target else 0)
+        tap = attach_queues(wanted, several | (IFF_TUN_EXCL if interface.target else 0), several, interface.queues)
     except OSError as error:
-        os.close(fd)
         if interface.target and os.path.exists(f"/sys/class/net/{wanted}"):
             raise NameInUse(f"Cannot make {interface.heading}'s tap '{wanted}': there is a device of this name",
                             "leave target out, or write type = tap to use what is there") from None
         raise HostError(f"Cannot make a tap for {interface.heading}: {error.strerror}",
                         "the daemon must run as root" if isinstance(error, PermissionError) else None) from None
-    return Tap(name, fd, True)
+    tap.made = True
+    return tap
+
+
+def attach_queues(name: str, first: int, others: int, count: int) -> Tap:
+    """Opens the queues of one tap, with these flags. Raises OSError, and then none is open."""
+    tap = Tap(name, [], False)
+    try:
+        for number in range(count):
+            tap.fds.append(open_tun())
+            tap.name = attach(tap.fds[-1], tap.name, others if number else first)
+    except OSError:
+        tap.close()
+        raise
+    return tap
 
 
 def existing_tap(interface: InterfaceConfig) -> Tap:
@@ -77,17 +110,33 @@ def existing_tap(interface: InterfaceConfig) -> Tap:
     if not os.path.exists(f"/sys/class/net/{name}"):            # TUNSETIFF would make one
         raise HostError(f"Cannot use tap '{name}' for {interface.heading}: there is no such device",
                         f"make it: ip tuntap add {name} mode tap vnet_hdr; ip link set {name} up")
-    fd = open_tun()
     error: OSError | None = None
-    for flags in (0, IFF_MULTI_QUEUE):
+    for flags in (IFF_MULTI_QUEUE,) if interface.queues > 1 else (0, IFF_MULTI_QUEUE):
         try:
-            return Tap(attach(fd, name, flags), fd, False)
+            return attach_queues(name, flags, flags, interface.queues)
         except OSError as failure:
             error = error or failure
-    os.close(fd)
     assert error
-    raise HostError(f"Cannot use tap '{name}' for {interface.heading}: {error.strerror}",
-                    "another guest or program has it open" if error.errno == 16 else "it is no tap") from None
+    hint = "another guest or program has it open" if error.errno == errno.EBUSY else "it is no tap"
+    if interface.queues > 1:
+        hint = "for several queues it has to be made with multi_queue"
+    raise HostError(f"Cannot use tap '{name}' for {interface.heading}: {error.strerror}", hint) from None
+
+
+def open_vhost(interface: InterfaceConfig) -> list[int]:
+    """/dev/vhost-net, once a queue; none where the domain's file does not want it, or the host has not got it."""
+    fds: list[int] = []
+    try:
+        while interface.vhost != "no" and len(fds) < interface.queues:
+            fds.append(os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        for fd in fds:
+            os.close(fd)
+        if interface.vhost == "yes":
+            raise HostError(f"Cannot open /dev/vhost-net for {interface.heading}: {error.strerror}",
+                            "modprobe vhost_net, or set vhost = auto") from None
+        return []
+    return fds
 
 
 def open_tun() -> int:

@@ -1,8 +1,8 @@
 """The MSI-X table and pending bits of one PCI function (PCI Local Bus 3.0, 6.8.2), one MsiLine a vector.
 
 A vector's message is told to KVM only while the vector may be sent; a message for a masked vector waits as a pending bit and is
-sent at the unmask. All methods run with the `signals` lock of the function that owns the table. Left out: plain MSI, and
-vectors shared with something that writes MsiLine.fd itself (its messages do not wait for an unmask).
+sent at the unmask. All methods run with the `signals` lock of the function that owns the table. Who writes MsiLine.fd
+himself (vhost) asks `open_fd` again after each change here. Left out: plain MSI.
 """
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
@@ -31,7 +31,14 @@ cdef class MsixTable:
         self.lines = <PyObject**>calloc(count, sizeof(PyObject*))
         if self.entries == NULL or self.pending == NULL or self.lines == NULL:
             raise MemoryError
-        self.owned = [interrupts.msi() for _ in range(count)]
+        self.interrupts = interrupts
+        self.owned = []
+        try:
+            while len(self.owned) < count:
+                self.owned.append(interrupts.msi())
+        except OSError:
+            self.release()
+            raise
         for i in range(count):
             self.lines[i] = <PyObject*>self.owned[i]
         self.reset()
@@ -40,6 +47,12 @@ cdef class MsixTable:
         free(self.entries)
         free(self.pending)
         free(self.lines)
+
+    def release(self):
+        """Gives the vectors back; the table cannot be used any more."""
+        self.enabled = False
+        while self.owned:
+            self.interrupts.release(self.owned.pop())
 
     @property
     def vectors(self):
@@ -125,6 +138,12 @@ cdef class MsixTable:
             self.pending[vector >> 5] |= <uint32_t>1 << (vector & 31)
         else:
             (<MsiLine>self.lines[vector]).trigger()
+
+    cdef int open_fd(self, uint32_t vector) noexcept nogil:
+        """The vector's eventfd while its message may be sent; else -1."""
+        if vector >= self.count or not self.enabled or self.masked or self.entries[vector * WORDS + CONTROL] & CONTROL_MASKED:
+            return -1
+        return (<MsiLine>self.lines[vector]).fd
 
     cdef int update(self, uint32_t vector) noexcept nogil:
         """Tells KVM the message of a vector that may be sent, and sends what waited for that. Answers 0 or -errno."""

@@ -44,6 +44,7 @@ cdef class PciFunction(Device):
     cdef Bar bars[MAX_BARS]
     cdef Bus pio
     cdef Bus mmio
+    cdef tuple known_to                      # the buses that keep the function alive
     cdef Windows windows
     cdef pthread_mutex_t signals             # guards intx, its level, and the MSI-X table; after Device.lock
     cdef IrqLine intx
@@ -62,6 +63,7 @@ cdef class PciFunction(Device):
     cdef bint is_bus_master(self) noexcept nogil
     cdef bint is_msix_enabled(self) noexcept nogil
     cdef void signal(self, uint32_t vector) noexcept nogil
+    cdef int vector_fd(self, uint32_t vector) noexcept nogil
     cdef void set_intx(self, bint level) noexcept nogil
     cdef uint32_t field(self, uint32_t offset, uint32_t size) noexcept nogil
     cdef bint wanted(self, uint32_t index, uint64_t* address) noexcept nogil

@@ -53,6 +53,7 @@ cdef class PciFunction(Device):
     def __cinit__(self, *args, **kwargs):
         pthread_mutex_init(&self.signals, NULL)
         self.free_capability = CAPABILITIES
+        self.known_to = ()
         self.define(PCI_COMMAND, 2, 0, COMMAND_WRITABLE)
         self.define(CACHE_LINE_SIZE, 1, 0, 0xFF)
         self.define(INTERRUPT_LINE, 1, 0, 0xFF)
@@ -185,10 +186,19 @@ cdef class PciFunction(Device):
         """Puts the function onto its buses; `windows` are the (base, size) for I/O, 32-bit and 64-bit BARs. For PciHost."""
         pio.adopt(self)
         mmio.adopt(self)
+        self.known_to = (pio, mmio)
         pthread_mutex_lock(&self.lock)
         self.pio, self.mmio, self.intx = pio, mmio, intx
         self.windows.io, self.windows.mem32, self.windows.mem64 = [Window(base=base, size=size) for base, size in windows]
         pthread_mutex_unlock(&self.lock)
+
+    def part(self):
+        """After `leave` and `close`, with no vCPU running: nothing of the machine knows the function any more."""
+        for bus in self.known_to:
+            bus.forget(self)
+        self.known_to = ()
+        if self.msix is not None:
+            self.msix.release()
 
     def leave(self):
         """Takes the function off its buses and its pin. For PciHost."""
@@ -285,6 +295,15 @@ cdef class PciFunction(Device):
             pthread_mutex_lock(&self.signals)
             self.msix.signal(vector)
             pthread_mutex_unlock(&self.signals)
+
+    cdef int vector_fd(self, uint32_t vector) noexcept nogil:
+        """The eventfd that sends an MSI-X vector as long as it is not masked; -1 when it is, or is not there."""
+        cdef int fd = -1
+        if self.msix is not None:
+            pthread_mutex_lock(&self.signals)
+            fd = self.msix.open_fd(vector)
+            pthread_mutex_unlock(&self.signals)
+        return fd
 
     cdef void set_intx(self, bint level) noexcept nogil:
         """The level that the card drives its interrupt pin to."""

@@ -13,10 +13,12 @@ cdef class NetBackend:
     cdef int fd
     cdef readonly bint has_offloads
     cdef readonly bint has_ufo
+    cdef readonly bint has_uso
 
     cdef ssize_t send(self, const iovec* vector, int count) noexcept nogil
     cdef ssize_t receive(self, const iovec* vector, int count) noexcept nogil
     cdef int set_offloads(self, uint32_t flags) noexcept nogil
+    cdef int enable(self, bint used) noexcept nogil
     cdef int set_header(self, uint32_t length) noexcept nogil
 
 

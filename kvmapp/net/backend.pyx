@@ -32,6 +32,10 @@ cdef class NetBackend:
         """What `receive` may leave to the guest, as TUN_F_... flags; 0 or -errno."""
         return 0
 
+    cdef int enable(self, bint used) noexcept nogil:
+        """Whether frames come to this one of a card's several backends; 0 or -errno."""
+        return 0
+
     cdef int set_header(self, uint32_t length) noexcept nogil:
         """How long the header before each frame is from now on; 0 or -errno. Here the other end has to know by itself."""
         return 0
@@ -45,7 +49,7 @@ cdef class FrameDescriptor(NetBackend):
 
     def __cinit__(self, *args, int fd=-1, bint offloads=False, **kwargs):
         self.fd = fd
-        self.has_offloads = self.has_ufo = offloads
+        self.has_offloads = self.has_ufo = self.has_uso = offloads
         self.name = f"descriptor {fd}"
         if fd >= 0:
             os.set_blocking(fd, False)

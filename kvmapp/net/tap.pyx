@@ -7,8 +7,9 @@ from libc.stdint cimport uint32_t
 from libc.string cimport memcpy, memset
 
 from kvmapp.abi.posix cimport EBUSY, EINVAL, EPERM, errno, ioctl
-from kvmapp.abi.tun cimport (IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN,
-                             TUN_F_UFO, TUNGETIFF, TUNSETIFF, TUNSETOFFLOAD, TUNSETVNETHDRSZ, ifreq)
+from kvmapp.abi.tun cimport (IFF_ATTACH_QUEUE, IFF_DETACH_QUEUE, IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, TUN_F_CSUM,
+                             TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN, TUN_F_UFO, TUN_F_USO4, TUN_F_USO6, TUNGETIFF, TUNSETIFF,
+                             TUNSETOFFLOAD, TUNSETQUEUE, TUNSETVNETHDRSZ, ifreq)
 from kvmapp.net.backend cimport NET_HEADER
 
 import os
@@ -71,8 +72,17 @@ cdef class Tap(FrameDescriptor):
             raise HostError(f"Cannot use tap '{self.name}': TUNSETVNETHDRSZ: {os.strerror(errno)}")
         self.has_offloads = ioctl(self.fd, TUNSETOFFLOAD, <unsigned long>flags) == 0
         self.has_ufo = self.has_offloads and ioctl(self.fd, TUNSETOFFLOAD, <unsigned long>(flags | TUN_F_UFO)) == 0
+        flags |= TUN_F_USO4 | TUN_F_USO6
+        self.has_uso = self.has_offloads and ioctl(self.fd, TUNSETOFFLOAD, <unsigned long>flags) == 0
         ioctl(self.fd, TUNSETOFFLOAD, <unsigned long>0)
         return 0
+
+    cdef int enable(self, bint used) noexcept nogil:
+        """A queue of a multi-queue tap takes part or not; to be told the same again is an error for the kernel only."""
+        cdef ifreq request
+        memset(&request, 0, sizeof(request))
+        request.ifr_flags = IFF_ATTACH_QUEUE if used else IFF_DETACH_QUEUE
+        return 0 if ioctl(self.fd, TUNSETQUEUE, &request) == 0 else -errno
 
     cdef int set_offloads(self, uint32_t flags) noexcept nogil:
         return 0 if ioctl(self.fd, TUNSETOFFLOAD, <unsigned long>flags) == 0 else -errno

@@ -24,6 +24,7 @@ cdef inline uint64_t with_half(uint64_t whole, bint upper, uint32_t value) noexc
 
 cdef class Transport:
     cdef void queue_interrupt(self, uint32_t queue) noexcept nogil
+    cdef int interrupt_fd(self, uint32_t queue) noexcept nogil
     cdef void config_interrupt(self) noexcept nogil
 
 
@@ -66,6 +67,7 @@ cdef class VirtioDevice(Device):
     cdef void drain(self, Virtqueue queue) noexcept nogil
     cdef void forget(self, Virtqueue queue) noexcept nogil
     cdef void deactivate(self) noexcept nogil
+    cdef void aim(self) noexcept nogil
     cdef uint64_t read_config(self, uint32_t offset, uint32_t size) noexcept nogil
     cdef void write_config(self, uint32_t offset, uint32_t size, uint64_t value) noexcept nogil
 

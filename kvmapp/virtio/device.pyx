@@ -45,6 +45,10 @@ cdef class Transport:
     cdef void queue_interrupt(self, uint32_t queue) noexcept nogil:
         """The driver wants to know that this queue has used buffers."""
 
+    cdef int interrupt_fd(self, uint32_t queue) noexcept nogil:
+        """An eventfd by which something else may raise the queue's interrupt for now; -1 when only `queue_interrupt` can."""
+        return -1
+
     cdef void config_interrupt(self) noexcept nogil:
         """The config space or the status changed."""
 
@@ -247,6 +251,9 @@ cdef class VirtioDevice(Device):
 
     cdef void deactivate(self) noexcept nogil:
         """The device is being reset, its queues have been: the rest of what the driver set is void. With Device.lock held."""
+
+    cdef void aim(self) noexcept nogil:
+        """What the transport answers to `interrupt_fd` may have changed. With the transport's lock held."""
 
     cdef uint64_t read_config(self, uint32_t offset, uint32_t size) noexcept nogil:
         """A load that lies within the config space; with Device.lock held."""

@@ -1,14 +1,11 @@
+from cpython.object cimport PyObject
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
-from kvmapp.iothread cimport EventSource
-from kvmapp.net.backend cimport NetBackend
-from kvmapp.abi.posix cimport iovec
 from kvmapp.virtio.device cimport VirtioDevice
 from kvmapp.virtio.virtqueue cimport Chain, Virtqueue
 
 cdef enum:
-    POSTED_MOST = 128                # receive buffers taken from the ring ahead of frames
-    POSTED_VECTORS = 1023            # of them together; one more makes IOV_MAX, what the kernel takes
+    MAX_PAIRS = 16
 
 cdef packed struct NetConfig:        # virtio_net_config (5.1.4)
     uint8_t mac[6]
@@ -16,44 +13,20 @@ cdef packed struct NetConfig:        # virtio_net_config (5.1.4)
     uint16_t max_virtqueue_pairs
     uint16_t mtu
 
-cdef struct Posted:
-    uint16_t head
-    uint32_t vectors
-    uint64_t size                    # bytes
-
-
-cdef class FrameReader(EventSource):
-    cdef VirtioNet device
-
 
 cdef class VirtioNet(VirtioDevice):
-    cdef readonly NetBackend backend
+    cdef readonly list pairs
+    cdef PyObject* pair_table[MAX_PAIRS]     # borrowed from `pairs`
+    cdef uint32_t pair_count
+    cdef readonly uint32_t pairs_used        # by the driver
     cdef NetConfig net_config
-    cdef FrameReader reader
-    cdef Virtqueue receiver
-    cdef bint watching               # the reader waits for frames; under the receive queue's lock
-    cdef bint mergeable
-    cdef uint32_t header             # bytes before each frame
-    cdef uint64_t frame_room         # bytes that the largest frame for this driver takes, with its header
+    cdef uint8_t own_mac[6]                  # what the driver may change until its next reset
+    cdef Chain chain                         # of the control queue
 
-    # Receive buffers popped and not yet filled: `posted` of them, their vectors in a row.
-    cdef Posted posts[POSTED_MOST]
-    cdef iovec vectors[POSTED_VECTORS + 1]
-    cdef uint32_t posted
-    cdef uint32_t vector_count
-    cdef uint64_t room               # bytes
-    cdef Chain chain
-    cdef uint8_t overflow[8]
-
-    cdef readonly uint64_t rx_packets, rx_bytes, rx_dropped
-    cdef readonly uint64_t tx_packets, tx_bytes, tx_dropped
-
-    cdef void frames_ready(self) noexcept nogil
-    cdef void receive(self, Virtqueue queue) noexcept nogil
-    cdef bint post(self, Virtqueue queue) noexcept nogil
-    cdef void deliver(self, Virtqueue queue, uint64_t length) noexcept nogil
-    cdef void mark_buffers(self, uint16_t count) noexcept nogil
-    cdef void unpost(self, Virtqueue queue) noexcept nogil
-    cdef void watch_frames(self, bint wanted) noexcept nogil
-    cdef void transmit(self, Virtqueue queue) noexcept nogil
-    cdef void send(self, Chain* chain) noexcept nogil
+    cdef bint is_control(self, Virtqueue queue) noexcept nogil
+    cdef void use_pairs(self, uint32_t count) noexcept nogil
+    cdef uint32_t offloads(self) noexcept nogil
+    cdef void control(self, Virtqueue queue) noexcept nogil
+    cdef bint obey(self) noexcept nogil
+    cdef bint obey_mac(self, uint8_t command) noexcept nogil
+    cdef bint skip_table(self) noexcept nogil

@@ -1,97 +1,129 @@
-"""virtio-net (VIRTIO 1.2, 5.1): one receive and one transmit queue over a NetBackend.
+"""virtio-net (VIRTIO 1.2, 5.1): a network card of one or several pairs of queues (netpair.pyx) and a control queue.
 
-Frames go straight between guest memory and the backend: a transmit chain is written as it stands, its header in front; receive
-buffers are taken from the ring ahead of frames, a frame is read into as many as it needs, and their chains are given back. When the
-driver has no room left the reader sleeps (the host queues and then drops) until it is kicked. The frame's header is judged by the
-host's kernel. Left out: the control queue (promiscuous mode and filters: every frame is passed), several queue pairs, RSS.
+The control queue sets the address and how many pairs are used. Receive modes, address and VLAN filters are accepted and filter nothing:
+every frame is passed, as 5.1.6.5.1 allows. Left out: RSS and hash reports, announcements, offloads that change while the card runs.
 """
-from libc.string cimport memcpy, memmove
+from libc.string cimport memcpy
 
-from kvmapp.abi.epoll cimport EPOLLET, EPOLLIN
-from kvmapp.abi.posix cimport EAGAIN, pthread_mutex_lock, pthread_mutex_unlock
-from kvmapp.abi.tun cimport (TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN, TUN_F_UFO, VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM,
-                             VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO,
-                             VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
-                             VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP)
+from kvmapp.abi.posix cimport pthread_mutex_lock, pthread_mutex_unlock
+from kvmapp.abi.tun cimport (TUN_F_CSUM, TUN_F_TSO4, TUN_F_TSO6, TUN_F_TSO_ECN, TUN_F_UFO, TUN_F_USO4, TUN_F_USO6,
+                             VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA,
+                             VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
+                             VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4,
+                             VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6,
+                             VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ,
+                             VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP)
 from kvmapp.abi.virtio cimport VIRTIO_F_VERSION_1, VIRTIO_ID_NET
-from kvmapp.net.backend cimport LARGEST_FRAME, LEGACY_HEADER, NET_HEADER
-from kvmapp.virtio.virtqueue cimport QUEUE_SIZE_MAX, chain_allocate, chain_free
+from kvmapp.net.backend cimport LARGEST_FRAME, LEGACY_HEADER, NET_HEADER, NetBackend
+from kvmapp.virtio.netpair cimport QueuePair
+from kvmapp.virtio.virtqueue cimport QUEUE_SIZE_MAX, chain_allocate, chain_free, chain_put, chain_take
+
+import os
+
+from kvmapp.state import StateError
 
 cdef enum:
-    RX = 0
-    TX = 1
     QUEUE_SIZE = 256
-    BATCH = 128                      # frames in a round, then others have their turn
+    CONTROL_SIZE = 64
+    QUEUES_A_PAIR = 2
     ETHERNET_HEADER = 14
     VLAN_TAG = 4
     DEFAULT_MTU = 1500
-    NUM_BUFFERS = 10                 # offset in the header
+    ADDRESS = 6                      # bytes
 
-    NEEDS_GUEST_CSUM = (1 << VIRTIO_NET_F_GUEST_TSO4 | 1 << VIRTIO_NET_F_GUEST_TSO6 | 1 << VIRTIO_NET_F_GUEST_ECN |
-                        1 << VIRTIO_NET_F_GUEST_UFO)
-    NEEDS_CSUM = (1 << VIRTIO_NET_F_HOST_TSO4 | 1 << VIRTIO_NET_F_HOST_TSO6 | 1 << VIRTIO_NET_F_HOST_ECN | 1 << VIRTIO_NET_F_HOST_UFO)
+    # Commands of the control queue (5.1.6.5) and its answers.
+    CLASS_RX = 0
+    CLASS_MAC = 1
+    CLASS_VLAN = 2
+    CLASS_MQ = 4
+    RX_COMMANDS = 6
+    MAC_TABLE_SET = 0
+    MAC_ADDR_SET = 1
+    VLAN_COMMANDS = 2
+    VQ_PAIRS_SET = 0
+    ANSWER_OK = 0
+    ANSWER_ERROR = 1
+    TABLE_MOST = 1 << 16             # bytes of an address table
 
+# What works only on top of GUEST_CSUM, and of CSUM (5.1.3.1).
+cdef uint64_t NEEDS_GUEST_CSUM = sum(<uint64_t>1 << feature for feature in (
+    VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_ECN, VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4,
+    VIRTIO_NET_F_GUEST_USO6))
+cdef uint64_t NEEDS_CSUM = sum(<uint64_t>1 << feature for feature in (
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO))
+cdef uint64_t NEEDS_CONTROL = sum(<uint64_t>1 << feature for feature in (
+    VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_MQ, VIRTIO_NET_F_CTRL_MAC_ADDR))
 
-cdef class FrameReader(EventSource):
-    """The backend's descriptor, waited on by the receive queue's I/O thread."""
-
-    def __cinit__(self, VirtioNet device not None):
-        self.device = device
-        self.fd = device.backend.fd
-
-    cdef void ready(self, uint32_t events) noexcept nogil:
-        self.device.frames_ready()
+ALWAYS = (VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_CTRL_RX,
+          VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_MAC_ADDR)
+OFFLOADS = (VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_GUEST_CSUM,
+            VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_ECN)
+UFO = (VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_GUEST_UFO)
+USO = (VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6)
 
 
 cdef class VirtioNet(VirtioDevice):
-    """A card with the address `mac` (6 bytes); `mtu` is told to the driver unless it is 0, `link` is whether its cable is in."""
+    """A card with the address `mac` (6 bytes); `mtu` is told to the driver unless it is 0, `link` is whether its cable is in.
 
-    def __cinit__(self, str name not None, memory, NetBackend backend not None, bytes mac not None, *, uint16_t mtu=0,
-                  bint link=True):
-        if len(mac) != sizeof(self.net_config.mac):
+    `backends` is a NetBackend, or a list of them, one a pair of queues. `vhost` are as many open /dev/vhost-net, or none.
+    """
+
+    def __cinit__(self, str name not None, memory, backends not None, bytes mac not None, *, uint16_t mtu=0, bint link=True,
+                  list vhost=None):
+        if len(mac) != ADDRESS:
             raise ValueError(f"{name}: a MAC address has 6 bytes, not {len(mac)}")
         self.device_id = VIRTIO_ID_NET
-        self.backend = backend
-        memcpy(self.net_config.mac, <const char*>mac, sizeof(self.net_config.mac))
+        self.pairs = []
+        memcpy(self.own_mac, <const char*>mac, ADDRESS)
+        memcpy(self.net_config.mac, self.own_mac, ADDRESS)
         self.net_config.status = VIRTIO_NET_S_LINK_UP if link else 0
-        self.net_config.max_virtqueue_pairs = 1
         self.net_config.mtu = mtu
-        self.header = NET_HEADER
         self.config = &self.net_config
         self.config_size = sizeof(self.net_config)
-        for feature in (VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_NET_F_MRG_RXBUF):
-            self.offer(feature)
-        if mtu:
-            self.offer(VIRTIO_NET_F_MTU)
-        if backend.has_offloads:
-            for feature in (VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_ECN,
-                            VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_ECN):
-                self.offer(feature)
-        if backend.has_ufo:
-            self.offer(VIRTIO_NET_F_HOST_UFO)
-            self.offer(VIRTIO_NET_F_GUEST_UFO)
-        self.receiver = self.add_queue(QUEUE_SIZE)
-        self.add_queue(QUEUE_SIZE)
+        self.pairs_used = 1
+        for backend in backends if isinstance(backends, list) else [backends]:
+            self.add_pair(backend, link)
+        self.net_config.max_virtqueue_pairs = self.pair_count
+        self.offer_features(mtu)
+        self.add_queue(CONTROL_SIZE)
         chain_allocate(&self.chain, QUEUE_SIZE_MAX)
-        self.reader = FrameReader(self)
+        for pair, fd in zip(self.pairs, vhost or ()):
+            pair.use_vhost(fd)
 
     def __dealloc__(self):
         chain_free(&self.chain)
 
+    def add_pair(self, NetBackend backend not None, bint link):
+        if self.pair_count == MAX_PAIRS:
+            raise ValueError(f"{self.name}: a card has at most {MAX_PAIRS} pairs of queues")
+        pair = QueuePair(self, backend, self.add_queue(QUEUE_SIZE), self.add_queue(QUEUE_SIZE))
+        (<QueuePair>pair).link = link
+        self.pair_table[self.pair_count] = <PyObject*>pair
+        self.pairs.append(pair)
+        self.pair_count += 1
+
+    def offer_features(self, mtu):
+        first = (<QueuePair>self.pairs[0]).backend
+        features = list(ALWAYS)
+        features += [VIRTIO_NET_F_MTU] if mtu else []
+        features += [VIRTIO_NET_F_MQ] if self.pair_count > 1 else []
+        features += OFFLOADS if first.has_offloads else ()
+        features += UFO if first.has_ufo else ()
+        features += USO if first.has_uso else ()
+        for feature in features:
+            self.offer(feature)
+
     def run_on(self, thread, queues=None):
-        """As VirtioDevice.run_on; frames arrive in the receive queue's thread."""
+        """As VirtioDevice.run_on; frames arrive in their receive queue's thread."""
         VirtioDevice.run_on(self, thread, queues)
-        if queues is None or RX in queues:
-            if self.reader.thread is not None:
-                self.reader.thread.remove(self.reader)
-            if self.reader.fd >= 0:
-                thread.add(self.reader, EPOLLET)
+        for number, pair in enumerate(self.pairs):
+            if queues is None or QUEUES_A_PAIR * number in queues:
+                pair.run_on(thread)
 
     def close(self):
         VirtioDevice.close(self)
-        if self.reader.thread is not None:
-            self.reader.thread.remove(self.reader)
-        self.backend.close()
+        for pair in self.pairs:
+            pair.close()
 
     @property
     def link(self):
@@ -99,199 +131,180 @@ cdef class VirtioNet(VirtioDevice):
         return bool(self.net_config.status & VIRTIO_NET_S_LINK_UP)
 
     def set_link(self, bint up):
-        """Plugs the cable in or out; the driver is told."""
+        """Plugs the cable in or out; the driver is told. vhost's queues come back to us, where frames then end."""
+        cdef uint32_t i
         with nogil:
             pthread_mutex_lock(&self.lock)
             self.net_config.status = VIRTIO_NET_S_LINK_UP if up else 0
+            for i in range(self.pair_count):
+                (<QueuePair>self.pair_table[i]).link = up
+            for i in range(QUEUES_A_PAIR * self.pair_count):
+                self.stop(<Virtqueue>self.queue_table[i])
+                self.start(<Virtqueue>self.queue_table[i])
             self.notify_config()
             pthread_mutex_unlock(&self.lock)
-        self.receiver.doorbell.press()
 
     def stats(self):
         """{counter: value} since the start, from the host's view: rx is what the guest received."""
-        return {"rx_packets": self.rx_packets, "rx_bytes": self.rx_bytes, "rx_drop": self.rx_dropped,
-                "tx_packets": self.tx_packets, "tx_bytes": self.tx_bytes, "tx_drop": self.tx_dropped}
+        counters = dict.fromkeys(("rx_packets", "rx_bytes", "rx_drop", "tx_packets", "tx_bytes", "tx_drop"), 0)
+        for pair in self.pairs:
+            for key in counters:
+                counters[key] += getattr(pair, key.replace("drop", "dropped"))
+        first = <QueuePair>self.pairs[0]
+        return counters if first.vhost is None else tap_counters(first.backend.name, counters)
 
     def save_device(self):
-        return {"version": self.state_version, "mac": (<char*>self.net_config.mac)[:6], "link": self.link}
+        return {"version": self.state_version, "mac": (<char*>self.net_config.mac)[:ADDRESS], "link": self.link,
+                "pairs": self.pairs_used}
 
     def check_device(self, reader):
-        checked = reader.data("mac", 6, 6), reader.flag("link")
+        checked = reader.data("mac", ADDRESS, ADDRESS), reader.flag("link"), reader.uint("pairs", self.pair_count)
         reader.done()
+        if checked[2] < 1:
+            raise StateError(f"{self.name}: 'pairs' is 0: a card has one at least")
         return checked
 
     def restore_device(self, checked):
         cdef bytes mac
-        mac, up = checked
-        memcpy(self.net_config.mac, <const char*>mac, 6)
+        mac, up, self.pairs_used = checked
+        memcpy(self.net_config.mac, <const char*>mac, ADDRESS)
         self.net_config.status = VIRTIO_NET_S_LINK_UP if up else 0
+        for pair in self.pairs:
+            (<QueuePair>pair).link = up
 
     cdef bint accepts(self, uint64_t features) noexcept nogil:
         """The dependencies of 5.1.3.1."""
-        if features & NEEDS_GUEST_CSUM and not features >> VIRTIO_NET_F_GUEST_CSUM & 1:
-            return False
-        return not features & NEEDS_CSUM or features >> VIRTIO_NET_F_CSUM & 1
+        return not (features & NEEDS_GUEST_CSUM and not features >> VIRTIO_NET_F_GUEST_CSUM & 1 or
+                    features & NEEDS_CSUM and not features >> VIRTIO_NET_F_CSUM & 1 or
+                    features & NEEDS_CONTROL and not features >> VIRTIO_NET_F_CTRL_VQ & 1)
 
     cdef void activate(self) noexcept nogil:
-        cdef uint32_t flags = 0
         cdef uint64_t mtu = self.net_config.mtu if self.has(VIRTIO_NET_F_MTU) else DEFAULT_MTU
-        flags |= TUN_F_CSUM if self.has(VIRTIO_NET_F_GUEST_CSUM) else 0
+        cdef bint mergeable = self.has(VIRTIO_NET_F_MRG_RXBUF)
+        cdef uint32_t i, header = NET_HEADER if mergeable or self.has(VIRTIO_F_VERSION_1) else LEGACY_HEADER
+        cdef uint64_t room = header + (LARGEST_FRAME if self.features & NEEDS_GUEST_CSUM else mtu + ETHERNET_HEADER + VLAN_TAG)
+        for i in range(self.pair_count):
+            if (<QueuePair>self.pair_table[i]).settle(self.features, self.offloads(), mergeable, header, room) < 0:
+                self.complain(b"the host refuses these offloads", self.offloads())
+        self.use_pairs(self.pairs_used)
+
+    cdef uint32_t offloads(self) noexcept nogil:
+        """What the tap may leave to the guest."""
+        cdef uint32_t flags = TUN_F_CSUM if self.has(VIRTIO_NET_F_GUEST_CSUM) else 0
         flags |= TUN_F_TSO4 if self.has(VIRTIO_NET_F_GUEST_TSO4) else 0
         flags |= TUN_F_TSO6 if self.has(VIRTIO_NET_F_GUEST_TSO6) else 0
         flags |= TUN_F_TSO_ECN if self.has(VIRTIO_NET_F_GUEST_ECN) else 0
         flags |= TUN_F_UFO if self.has(VIRTIO_NET_F_GUEST_UFO) else 0
-        self.mergeable = self.has(VIRTIO_NET_F_MRG_RXBUF)
-        self.header = NET_HEADER if self.mergeable or self.has(VIRTIO_F_VERSION_1) else LEGACY_HEADER
-        self.frame_room = self.header + (LARGEST_FRAME if self.features & NEEDS_GUEST_CSUM else mtu + ETHERNET_HEADER + VLAN_TAG)
-        if self.backend.set_header(self.header) < 0 or self.backend.set_offloads(flags) < 0:
-            self.complain(b"the host refuses these offloads", flags)
+        # The kernel takes both kinds of USO or none.
+        flags |= TUN_F_USO4 | TUN_F_USO6 if self.has(VIRTIO_NET_F_GUEST_USO4) and self.has(VIRTIO_NET_F_GUEST_USO6) else 0
+        return flags
 
     cdef void deactivate(self) noexcept nogil:
-        self.backend.set_offloads(0)
+        cdef uint32_t i
+        for i in range(self.pair_count):
+            (<QueuePair>self.pair_table[i]).backend.set_offloads(0)
+        memcpy(self.net_config.mac, self.own_mac, ADDRESS)
+        self.use_pairs(1)
+
+    cdef void use_pairs(self, uint32_t count) noexcept nogil:
+        """The host spreads frames over the first `count` backends."""
+        cdef uint32_t i
+        self.pairs_used = count
+        for i in range(self.pair_count if self.pair_count > 1 else 0):
+            (<QueuePair>self.pair_table[i]).backend.enable(i < count)
+            (<Virtqueue>self.queue_table[QUEUES_A_PAIR * i]).doorbell.press()        # its reader may have given up
+
+    # ---- queues
+
+    cdef bint is_control(self, Virtqueue queue) noexcept nogil:
+        """The control queue stands behind the pairs that the driver knows of (5.1.2)."""
+        return queue.index == (QUEUES_A_PAIR * self.pair_count if self.has(VIRTIO_NET_F_MQ) else QUEUES_A_PAIR)
+
+    cdef void start(self, Virtqueue queue) noexcept nogil:
+        VirtioDevice.start(self, queue)
+        if not self.is_control(queue) and queue.index < QUEUES_A_PAIR * self.pair_count:
+            (<QueuePair>self.pair_table[queue.index // QUEUES_A_PAIR]).begin(queue)
 
     cdef void drain(self, Virtqueue queue) noexcept nogil:
-        """Receive buffers wait in our hands between two frames: they go back to the ring."""
-        if queue.index == RX:
-            pthread_mutex_lock(&queue.lock)
-            self.unpost(queue)
-            pthread_mutex_unlock(&queue.lock)
+        if queue.index < QUEUES_A_PAIR * self.pair_count:
+            (<QueuePair>self.pair_table[queue.index // QUEUES_A_PAIR]).drain(queue)
+
+    cdef void aim(self) noexcept nogil:
+        cdef uint32_t i
+        pthread_mutex_lock(&self.lock)
+        for i in range(self.pair_count):
+            (<QueuePair>self.pair_table[i]).aim()
+        pthread_mutex_unlock(&self.lock)
 
     cdef void kicked(self, Virtqueue queue) noexcept nogil:
-        if queue.index == RX:
-            self.receive(queue)
-        else:
-            self.transmit(queue)
+        if self.is_control(queue):
+            self.control(queue)
+        elif queue.index < QUEUES_A_PAIR * self.pair_count:
+            (<QueuePair>self.pair_table[queue.index // QUEUES_A_PAIR]).kicked(queue)
         self.notify_used(queue)
 
-    # ---- receive
-
-    cdef void frames_ready(self) noexcept nogil:
-        """The backend has frames; in the receive queue's I/O thread."""
-        pthread_mutex_lock(&self.receiver.lock)
-        if self.receiver.live:
-            self.receive(self.receiver)
-            self.notify_used(self.receiver)
+    cdef void write_config(self, uint32_t offset, uint32_t size, uint64_t value) noexcept nogil:
+        """Legacy drivers store their address here (5.1.4.3)."""
+        if self.legacy and offset + size <= ADDRESS:
+            memcpy(&self.net_config.mac[offset], &value, size)
         else:
-            self.watch_frames(False)
-        pthread_mutex_unlock(&self.receiver.lock)
+            VirtioDevice.write_config(self, offset, size, value)
 
-    cdef void receive(self, Virtqueue queue) noexcept nogil:
-        """Frames into posted buffers, until there are no more of the one or the other."""
-        cdef ssize_t length
-        cdef uint32_t done = 0
-        while done < BATCH:
-            if not self.net_config.status & VIRTIO_NET_S_LINK_UP or not self.post(queue):
-                self.watch_frames(False)
-                return
-            # What does not fit spills over here, and shows that the frame was larger than the room.
-            self.vectors[self.vector_count].iov_base = self.overflow
-            self.vectors[self.vector_count].iov_len = sizeof(self.overflow)
-            length = self.backend.receive(self.vectors, self.vector_count + 1)
-            if length < 0:
-                if length != -EAGAIN:
-                    self.complain(b"no frames from the host, error", -length)
-                self.watch_frames(length == -EAGAIN)
-                return
-            if length <= self.header or <uint64_t>length > self.room:
-                self.rx_dropped += 1
-            else:
-                self.deliver(queue, length)
-            done += 1
-        queue.doorbell.press()
+    # ---- the control queue
 
-    cdef bint post(self, Virtqueue queue) noexcept nogil:
-        """Takes buffers from the ring until the largest frame has room; False when the driver must give more first."""
-        cdef uint32_t most = POSTED_MOST if self.mergeable else 1
-        cdef int got
-        while self.room < self.frame_room and self.posted < most:
-            got = queue.pop(&self.chain)
-            if got < 0:
-                return False
-            if got == 0:
-                # Nothing more to have now: a VLAN tag's four bytes may lack, or the whole ring is smaller than a large frame.
-                return self.room + VLAN_TAG >= self.frame_room or self.posted == queue.size
-            if self.chain.readable_count or self.chain.writable_bytes <= self.header:
-                queue.fail(b"receive buffer has a readable part, or no room for a header", self.chain.writable_bytes)
-                return False
-            if self.vector_count + self.chain.writable_count > POSTED_VECTORS:
-                queue.unpop(&self.chain)
-                break
-            memcpy(&self.vectors[self.vector_count], self.chain.writable, self.chain.writable_count * sizeof(iovec))
-            self.posts[self.posted].head = self.chain.head
-            self.posts[self.posted].vectors = self.chain.writable_count
-            self.posts[self.posted].size = self.chain.writable_bytes
-            self.vector_count += self.chain.writable_count
-            self.room += self.chain.writable_bytes
-            self.posted += 1
-        return self.posted > 0
+    cdef void control(self, Virtqueue queue) noexcept nogil:
+        cdef uint8_t answer
+        while queue.pop(&self.chain) == 1:
+            answer = ANSWER_OK if self.obey() else ANSWER_ERROR
+            queue.push(&self.chain, <uint32_t>chain_put(&self.chain, &answer, 1))
 
-    cdef void deliver(self, Virtqueue queue, uint64_t length) noexcept nogil:
-        """Gives back the posted chains that a frame of `length` bytes filled."""
-        cdef uint32_t chains = 0, vectors = 0
-        cdef uint64_t left = length, written
-        while left:
-            written = min(left, self.posts[chains].size)
-            self.chain.head = self.posts[chains].head
-            queue.push(&self.chain, <uint32_t>written)
-            left -= written
-            self.room -= self.posts[chains].size
-            vectors += self.posts[chains].vectors
-            chains += 1
-        self.mark_buffers(chains)
-        self.posted -= chains
-        self.vector_count -= vectors
-        memmove(&self.posts[0], &self.posts[chains], self.posted * sizeof(Posted))
-        memmove(&self.vectors[0], &self.vectors[vectors], self.vector_count * sizeof(iovec))
-        self.rx_packets += 1
-        self.rx_bytes += length - self.header
+    cdef bint obey(self) noexcept nogil:
+        """One command; whether it is one and was carried out."""
+        cdef uint8_t words[2]
+        cdef uint16_t number = 0
+        if chain_take(&self.chain, words, 2) != 2:
+            return False
+        if words[0] == CLASS_RX:
+            return words[1] < RX_COMMANDS and self.has(VIRTIO_NET_F_CTRL_RX) and chain_take(&self.chain, NULL, 1) == 1
+        if words[0] == CLASS_MAC:
+            return self.obey_mac(words[1])
+        if words[0] == CLASS_VLAN:
+            return words[1] < VLAN_COMMANDS and self.has(VIRTIO_NET_F_CTRL_VLAN) and chain_take(&self.chain, &number, 2) == 2
+        if words[0] != CLASS_MQ or words[1] != VQ_PAIRS_SET or not self.has(VIRTIO_NET_F_MQ):
+            return False
+        if chain_take(&self.chain, &number, 2) != 2 or number < 1 or number > self.pair_count:
+            return False
+        self.use_pairs(number)
+        return True
 
-    cdef void mark_buffers(self, uint16_t count) noexcept nogil:
-        """num_buffers of the header in the first vectors, however the driver cut them; a legacy header has none."""
-        cdef uint8_t* bytes_of_count = <uint8_t*>&count
-        if self.header < NET_HEADER:
-            return
-        cdef uint64_t start = 0
-        cdef uint32_t i = 0, offset = NUM_BUFFERS
-        while offset < NUM_BUFFERS + sizeof(count):
-            while offset - start >= self.vectors[i].iov_len:
-                start += self.vectors[i].iov_len
-                i += 1
-            (<uint8_t*>self.vectors[i].iov_base)[offset - start] = bytes_of_count[offset - NUM_BUFFERS]
-            offset += 1
+    cdef bint obey_mac(self, uint8_t command) noexcept nogil:
+        cdef uint8_t address[ADDRESS]
+        if command == MAC_TABLE_SET and self.has(VIRTIO_NET_F_CTRL_RX):
+            return self.skip_table() and self.skip_table()           # unicast, then multicast
+        if command != MAC_ADDR_SET or not self.has(VIRTIO_NET_F_CTRL_MAC_ADDR):
+            return False
+        if chain_take(&self.chain, address, ADDRESS) != ADDRESS:
+            return False
+        memcpy(self.net_config.mac, address, ADDRESS)
+        return True
 
-    cdef void unpost(self, Virtqueue queue) noexcept nogil:
-        while self.posted:
-            queue.unpop(&self.chain)
-            self.posted -= 1
-        self.vector_count = 0
-        self.room = 0
+    cdef bint skip_table(self) noexcept nogil:
+        """A count and as many addresses."""
+        cdef uint32_t count = 0
+        cdef uint64_t size
+        if chain_take(&self.chain, &count, 4) != 4:
+            return False
+        size = <uint64_t>count * ADDRESS
+        return size <= TABLE_MOST and chain_take(&self.chain, NULL, size) == size
 
-    cdef void watch_frames(self, bint wanted) noexcept nogil:
-        """Unwanted frames leave the descriptor ready: edge-triggered, without EPOLLIN, it stays quiet."""
-        if wanted != self.watching:
-            self.watching = wanted
-            self.reader.watch(EPOLLIN if wanted else EPOLLET)
 
-    # ---- transmit
-
-    cdef void transmit(self, Virtqueue queue) noexcept nogil:
-        cdef uint32_t done = 0
-        while done < BATCH:
-            if queue.pop(&self.chain) != 1:
-                return
-            self.send(&self.chain)
-            queue.push(&self.chain, 0)
-            done += 1
-        queue.doorbell.press()
-
-    cdef void send(self, Chain* chain) noexcept nogil:
-        """One frame; what the host does not take is dropped, as on a wire."""
-        cdef uint64_t length = chain.readable_bytes
-        if length < self.header + ETHERNET_HEADER or length > self.header + LARGEST_FRAME:
-            self.complain(b"frame of impossible length", length)
-            self.tx_dropped += 1
-        elif not self.net_config.status & VIRTIO_NET_S_LINK_UP or self.backend.send(chain.readable, chain.readable_count) < 0:
-            self.tx_dropped += 1
-        else:
-            self.tx_packets += 1
-            self.tx_bytes += length - self.header
+def tap_counters(name, counters):
+    """What the host counted at a tap whose frames pass us by: its received ones are those that the guest sent."""
+    for ours, theirs in (("rx", "tx"), ("tx", "rx")):
+        for key, file in (("packets", "packets"), ("bytes", "bytes"), ("drop", "dropped")):
+            try:
+                with open(os.path.join("/sys/class/net", name, "statistics", f"{theirs}_{file}")) as value:
+                    counters[f"{ours}_{key}"] = int(value.read())
+            except OSError:
+                pass                     # the tap is in another namespace: what we counted ourselves stands
+    return counters

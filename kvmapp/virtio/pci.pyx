@@ -88,6 +88,9 @@ cdef class PciSignals(Transport):
     cdef void queue_interrupt(self, uint32_t queue) noexcept nogil:
         self.card.interrupt(atomic_load_u32(&self.card.state.queue_vectors[queue]), ISR_QUEUE)
 
+    cdef int interrupt_fd(self, uint32_t queue) noexcept nogil:
+        return self.card.vector_fd(atomic_load_u32(&self.card.state.queue_vectors[queue]))
+
     cdef void config_interrupt(self) noexcept nogil:
         self.card.interrupt(atomic_load_u32(&self.card.state.config_vector), ISR_CONFIG)
 
@@ -206,6 +209,7 @@ cdef class VirtioPci(PciFunction):
                 (<Virtqueue>self.device.queue_table[index]).doorbell.press()
         else:
             PciFunction.write(self, offset, size, value)
+            self.device.aim()
 
     cdef uint64_t read_common(self, uint32_t offset, uint32_t size) noexcept nogil:
         """Any width works: each byte is that of the field it belongs to. No field here changes by being read."""
@@ -293,6 +297,7 @@ cdef class VirtioPci(PciFunction):
         cdef bint upper = field & 4
         if field == QUEUE_MSIX_VECTOR:
             atomic_store_u32(&self.state.queue_vectors[queue.index], self.valid_vector(value))
+            self.device.aim()
         elif field == QUEUE_RESET:
             if value == 1 and self.device.has(VIRTIO_F_RING_RESET):
                 self.bind(queue, False)
@@ -392,6 +397,7 @@ cdef class VirtioPci(PciFunction):
             self.write(place, self.field(self.config_window + WINDOW_LENGTH, 4), value)
         else:
             PciFunction.config_write(self, offset, size, value)
+            self.device.aim()
 
     cdef uint32_t window(self, uint32_t offset, uint32_t size) noexcept nogil:
         """The place in the BAR that this access to config space means; BAR_SIZE when it means none."""

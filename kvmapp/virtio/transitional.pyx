@@ -143,6 +143,7 @@ cdef class TransitionalPci(VirtioPci):
             atomic_store_u32(&self.state.config_vector, self.valid_vector(value))
         elif field == QUEUE_VECTOR and self.selected() != NULL:
             atomic_store_u32(&self.state.queue_vectors[self.state.queue_select], self.valid_vector(value))
+            self.device.aim()
         elif field == QUEUE_PAGE and self.selected() != NULL:
             self.set_ring(<Virtqueue>self.selected(), value)
 

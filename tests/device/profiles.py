@@ -32,6 +32,7 @@ from kvmapp.hw.i8042 import I8042
 from kvmapp.hw.ns16550 import Ns16550
 from kvmapp.hw.pci import BarKind, PciFunction
 from kvmapp.hw.pci_host import PciHost
+from kvmapp.hw.pci_hotplug import PciHotplug
 from kvmapp.hw.port92 import Port92
 from kvmapp.hw.pvpanic import Pvpanic
 from kvmapp.hw.reset_control import ResetControl
@@ -148,6 +149,18 @@ def acpi_pm(board):
     store(board.pio, 2, (0x602, 0x121), (0x604, 0x1C02), (0x622, 0x55AA))
     device.press_power_button()
     device.raise_event(7)
+
+
+@profile(PciHotplug)
+def pci_hotplug(board):
+    acpi = AcpiPm("acpi", board.interrupts.line(9), Power(), board.thread)
+    device = PciHotplug("pci-hotplug", acpi)
+    board.pio.map(0x640, 0xC, device)
+    yield device
+    device.insert(3)
+    device.ask(4)
+    device.ask(5)
+    store(board.pio, 4, (0x648, 1 << 5))
 
 
 @profile(DebugPort)
@@ -283,26 +296,34 @@ def virtio_balloon(board):
     driver.queues[0].wait()
 
 
-@profile(VirtioNet, still=VIRTIO_STILL - {"generation"} | {"mac"}, kept={"link", "mac"})
+@profile(VirtioNet, still=VIRTIO_STILL - {"generation"}, kept={"link", "mac"})
 def virtio_net(board):
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    theirs.setblocking(False)
-    device = VirtioNet("net0", board.memory, FrameDescriptor(fd=ours.detach()), bytes(6))
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
+    device = VirtioNet("net0", board.memory, [FrameDescriptor(fd=ours.detach()) for ours, _ in pairs], bytes(6))
     driver = board.plug(device)
-    board.stimulus = lambda data: exchange(theirs, data)
+    for _, theirs in pairs:
+        theirs.setblocking(False)
+    board.stimulus = lambda data: exchange(pairs[0][1], data)
     yield driver.card
-    with theirs:
-        driver.start(size=16)
+    driver.start(size=16)
+    for number, (_, theirs) in enumerate(pairs):
+        receiver, transmitter = driver.queues[2 * number:2 * number + 2]
         for _ in range(4):
-            driver.queues[0].post(writable=[1600])
-        driver.queues[0].kick()
+            receiver.post(writable=[1600])
+        receiver.kick()
         theirs.send(bytes(72))
-        driver.queues[0].wait()
-        driver.queues[1].post(readable=[bytes(72)])
-        driver.queues[1].kick()
-        driver.queues[1].wait()
+        receiver.wait()
+        transmitter.post(readable=[bytes(72)])
+        transmitter.kick()
+        transmitter.wait()
+    for command in (b"\x04\0\x02\0", b"\x01\x01RTVXYZ"):
+        driver.queues[4].post(readable=[command], writable=[1])
+    driver.queues[4].kick()
+    driver.queues[4].wait(2)
     device.set_link(False)
     driver.await_vector(0)
+    for _, theirs in pairs:
+        theirs.close()
 
 
 @profile(VirtioBlk, still=VIRTIO_STILL | {"capacity"})

@@ -26,7 +26,7 @@ class Wire:
     def __init__(self, guest, forwards=None):
         self.net = UserNet(forwards=forwards)
         self.card = VirtioNet("net0", guest.memory, self.net, MAC)
-        self.rx, self.tx = guest.drive(self.card).queues
+        self.rx, self.tx, *_ = guest.drive(self.card).queues
         self.come = []
         for _ in range(32):
             self.rx.post(writable=[2048])

@@ -229,7 +229,7 @@ def test_frames_have_a_short_header_unless_buffers_merge(guest, without):
     with host:
         host.settimeout(20)
         driver = guest.drive(VirtioNet("net0", guest.memory, FrameDescriptor(fd=ours.detach()), MAC), without=without)
-        rx, tx = driver.queues
+        rx, tx, *_ = driver.queues
         tx.post(readable=[bytes(header), frame])
         tx.kick()
         assert host.recv(4096) == bytes(header) + frame

@@ -36,7 +36,7 @@ class Wire:
         self.host.settimeout(20)
         self.card = VirtioNet("net0", guest.memory, FrameDescriptor(fd=ours.detach()), MAC)
         self.driver = guest.drive(self.card, **options)
-        self.rx, self.tx = self.driver.queues
+        self.rx, self.tx, *_ = self.driver.queues
 
     def arrives(self, frame: bytes) -> None:
         self.host.send(bytes(HEADER) + frame)
@@ -272,7 +272,7 @@ def test_offloads_without_checksums_are_refused(guest, feature):
 def test_a_64_kib_frame_passes_when_offloads_are_agreed_on(guest):
     ours, host = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     driver = guest.drive(VirtioNet("net0", guest.memory, FrameDescriptor(fd=ours.detach(), offloads=True), MAC))
-    rx, tx = driver.queues
+    rx, tx, *_ = driver.queues
     for _ in range(60):
         rx.post(writable=[1536])
     rx.kick()
@@ -323,7 +323,7 @@ def tap():
 def test_a_tap_carries_frames_both_ways(guest, tap):
     backend, host = tap
     driver = guest.drive(VirtioNet("net0", guest.memory, backend, MAC))
-    rx, tx = driver.queues
+    rx, tx, *_ = driver.queues
     for _ in range(60):
         rx.post(writable=[2048])
     rx.kick()

@@ -233,7 +233,7 @@ from kvmapp.daemon.taps import open_tap
 for number in range(200):
     tap = open_tap(InterfaceConfig(index=0, type="bridge", source="br0", mac=f"52:54:00:00:00:{number:02x}"), "br0")
     assert os.listdir("/sys/class/net/br0/brif") == [tap.name] == ["vnet0"], tap.name
-    os.close(tap.fd)
+    tap.close()
 """
 
 

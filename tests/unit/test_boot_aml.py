@@ -49,3 +49,11 @@ def test_resource_descriptors():
     assert aml.bus_window(0, 255) == b"\x88\x0D\x00\x02\x0C\x00\x00\x00\x00\x00\xFF\x00\x00\x00\x00\x01"
     assert aml.memory_window64(1 << 32, 1 << 33)[:3] == b"\x8A\x2B\x00"
     assert aml.resources() == b"\x11\x05\x0A\x02\x79\x00"
+
+
+def test_regions_fields_and_notices():
+    assert aml.io_region("PHPR", 0x640, 12) == b"\x5B\x80PHPR\x01\x0B\x40\x06\x0A\x0C"
+    assert aml.dword_fields("PHPR", "AB", "CD") == b"\x5B\x81\x10PHPR\x03AB__\x20CD__\x20"
+    assert aml.notify("S001", 3) == b"\x86S001\x0A\x03"
+    assert aml.bit_and(aml.local(0), 2) == b"\x7B\x60\x0A\x02\x00"
+    assert aml.call("\\_SB.PCI0.SCAN") == b"\\\x2F\x03_SB_PCI0SCAN"

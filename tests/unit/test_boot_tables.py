@@ -37,7 +37,7 @@ WINDOWS = [(0xFEB0_0000, 0x1000, 5), (0xFEB0_1000, 0x1000, 16)]  # of virtio-mmi
 def platform(vcpus: int = 2, virtio_mmio=None, **facts) -> Platform:
     return Platform(Topology(vcpus, **facts), uuid=UUID(UUID_TEXT).bytes, pci_window64=(1 << 38, 1 << 37),
                     serial_ports=((PORT_COM1, GSI_COM1), (PORT_COM2, GSI_COM2)), i8042=True, vga=True,
-                    virtio_mmio=virtio_mmio)
+                    virtio_mmio=virtio_mmio, hotplug_slots=tuple(range(2, 32)) if virtio_mmio is None else ())
 
 
 @pytest.fixture

@@ -64,6 +64,7 @@ class Served:
             "status": lambda connection, request: {"state": "running"},
             "fail": self.fail,
             "subscribe": self.subscribe,
+            "count": lambda connection, request: {"files": len(connection.fds)},
             "console": lambda connection, request: self.port.open(connection, bool(request.get("force"))),
         })
         self.thread = threading.Thread(target=self.loop.run)
@@ -115,6 +116,25 @@ def test_what_is_no_request_gets_an_error_and_the_connection_lives(served, line)
     client.socket.sendall(line + b"\n")
     assert json.loads(client.lines.readline())["error"]["code"] == "bad-request"
     assert "ok" in client.ask("status")
+
+
+def test_descriptors_come_with_a_request_and_are_closed_when_nobody_takes_them(served):
+    client = Client(served.path)
+    client.ask("count")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        socket.send_fds(client.socket, [b'{"id": 1, "verb": "count"}\n'], [0, 0])
+        assert json.loads(client.lines.readline()) == {"id": 1, "ok": {"files": 2}}
+    assert client.ask("count")["ok"] == {"files": 0}
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_too_many_descriptors_cost_the_connection(served):
+    client = Client(served.path)
+    for _ in range(5):
+        socket.send_fds(client.socket, [b" "], [0] * 16)
+    assert client.lines.readline() == b""
+    assert "ok" in Client(served.path).ask("status")
 
 
 def test_an_endless_line_costs_the_connection_only(served):

@@ -1,0 +1,260 @@
+"""One pair of a network card's queues, receive and transmit, over a NetBackend of its own (VIRTIO 1.2, 5.1.6).
+
+Frames go straight between guest memory and the backend: a transmit chain is written as it stands, its header in front; receive
+buffers are taken from the ring ahead of frames, a frame is read into as many as it needs, and their chains are given back. When the
+driver has no room left the reader sleeps (the host queues and then drops) until it is kicked. The frame's header is judged by the
+host's kernel. With a VhostNet the kernel does all this instead, as long as the queues run and the cable is in.
+"""
+from libc.string cimport memcpy, memmove
+
+from kvmapp.abi.epoll cimport EPOLLET, EPOLLIN
+from kvmapp.abi.posix cimport EAGAIN, pthread_mutex_lock, pthread_mutex_unlock
+from kvmapp.abi.tun cimport EBADFD
+from kvmapp.net.backend cimport LARGEST_FRAME, NET_HEADER
+from kvmapp.virtio.virtqueue cimport QUEUE_SIZE_MAX, chain_allocate, chain_free
+
+cdef enum:
+    RX = 0                           # of the pair
+    TX = 1
+    BATCH = 128                      # frames in a round, then others have their turn
+    ETHERNET_HEADER = 14
+    VLAN_TAG = 4
+    NUM_BUFFERS = 10                 # offset in the header
+
+
+cdef class FrameReader(EventSource):
+    """The backend's descriptor, waited on by the receive queue's I/O thread."""
+
+    def __cinit__(self, QueuePair pair not None):
+        self.pair = pair
+        self.fd = pair.backend.fd
+
+    cdef void ready(self, uint32_t events) noexcept nogil:
+        self.pair.frames_ready()
+
+
+cdef class QueuePair:
+    """`receiver` and `transmitter` belong to `device`, whose log it complains in."""
+
+    def __cinit__(self, VirtioDevice device not None, NetBackend backend not None, Virtqueue receiver not None,
+                  Virtqueue transmitter not None):
+        self.device, self.backend, self.receiver, self.transmitter = device, backend, receiver, transmitter
+        self.header = NET_HEADER
+        chain_allocate(&self.chain, QUEUE_SIZE_MAX)
+        self.reader = FrameReader(self)
+
+    def __dealloc__(self):
+        chain_free(&self.chain)
+
+    def use_vhost(self, int fd):
+        """From now on the host's kernel works on the queues, by the open /dev/vhost-net `fd`. Raises HostError."""
+        self.vhost = VhostNet(self.device, [self.receiver, self.transmitter], fd)
+
+    def run_on(self, IoThread thread not None):
+        """Frames, and what vhost has to say, arrive in this thread."""
+        self.leave_thread()
+        if self.reader.fd >= 0:
+            thread.add(self.reader, EPOLLET)
+        if self.vhost is not None:
+            for source in (*self.vhost.calls, *self.vhost.faults):
+                thread.add(source)
+
+    def leave_thread(self):
+        """When this returns nothing of the pair is served any more."""
+        for source in (self.reader, *(() if self.vhost is None else (*self.vhost.calls, *self.vhost.faults))):
+            if (<EventSource>source).thread is not None:
+                (<EventSource>source).thread.remove(source)
+
+    def close(self):
+        self.leave_thread()
+        if self.vhost is not None:
+            self.vhost.close()
+        self.backend.close()
+
+    cdef int settle(self, uint64_t features, uint32_t offloads, bint mergeable, uint32_t header, uint64_t frame_room) noexcept nogil:
+        """What the driver agreed to; 0, or -errno of a host that does not go along."""
+        cdef int result
+        self.mergeable = mergeable
+        self.header = header
+        self.frame_room = frame_room
+        result = self.backend.set_header(header)
+        if result == 0:
+            result = self.backend.set_offloads(offloads)
+        if result == 0 and self.vhost is not None:
+            result = self.vhost.settle(features)
+        return result
+
+    cdef void begin(self, Virtqueue queue) noexcept nogil:
+        """The queue has just become live: hands it to vhost where there is one."""
+        cdef int result
+        if self.vhost is None or not self.link or queue.packed:      # the kernel's vhost-net knows split rings only
+            return
+        pthread_mutex_lock(&queue.lock)
+        if queue.live:
+            if queue is self.receiver:
+                self.unpost(queue)
+                self.watch_frames(False)
+            result = self.vhost.begin(TX if queue is self.transmitter else RX, queue, self.backend.fd)
+            if result < 0:
+                self.device.report_host(b"vhost refuses a queue, which goes on without it", queue.index, -result)
+        pthread_mutex_unlock(&queue.lock)
+
+    cdef void drain(self, Virtqueue queue) noexcept nogil:
+        """The queue stops: vhost gives it back, and receive buffers that wait in our hands go back to the ring."""
+        pthread_mutex_lock(&queue.lock)
+        if self.vhost is not None:
+            self.vhost.end(TX if queue is self.transmitter else RX, queue)
+        if queue is self.receiver:
+            self.unpost(queue)
+        pthread_mutex_unlock(&queue.lock)
+
+    cdef void aim(self) noexcept nogil:
+        """The driver changed where its interrupts go."""
+        if self.vhost is not None:
+            self.aim_queue(RX, self.receiver)
+            self.aim_queue(TX, self.transmitter)
+
+    cdef void aim_queue(self, uint32_t index, Virtqueue queue) noexcept nogil:
+        pthread_mutex_lock(&queue.lock)
+        if self.vhost.running[index]:
+            self.vhost.aim(index, self.device.transport.interrupt_fd(queue.index))
+        pthread_mutex_unlock(&queue.lock)
+
+    cdef void kicked(self, Virtqueue queue) noexcept nogil:
+        if queue is self.receiver:
+            self.receive(queue)
+        else:
+            self.transmit(queue)
+
+    # ---- receive
+
+    cdef void frames_ready(self) noexcept nogil:
+        """The backend has frames; in the receive queue's I/O thread."""
+        pthread_mutex_lock(&self.receiver.lock)
+        if self.receiver.live:
+            self.receive(self.receiver)
+            self.device.notify_used(self.receiver)
+        else:
+            self.watch_frames(False)
+        pthread_mutex_unlock(&self.receiver.lock)
+
+    cdef void receive(self, Virtqueue queue) noexcept nogil:
+        """Frames into posted buffers, until there are no more of the one or the other."""
+        cdef ssize_t length
+        cdef uint32_t done = 0
+        while done < BATCH:
+            if not self.link or not self.post(queue):
+                self.watch_frames(False)
+                return
+            # What does not fit spills over here, and shows that the frame was larger than the room.
+            self.vectors[self.vector_count].iov_base = self.overflow
+            self.vectors[self.vector_count].iov_len = sizeof(self.overflow)
+            length = self.backend.receive(self.vectors, self.vector_count + 1)
+            if length < 0:
+                if length != -EAGAIN and length != -EBADFD:      # the latter: a queue of the tap's that is not used now
+                    self.device.complain(b"no frames from the host, error", -length)
+                self.watch_frames(length == -EAGAIN)
+                return
+            if length <= self.header or <uint64_t>length > self.room:
+                self.rx_dropped += 1
+            else:
+                self.deliver(queue, length)
+            done += 1
+        queue.doorbell.press()
+
+    cdef bint post(self, Virtqueue queue) noexcept nogil:
+        """Takes buffers from the ring until the largest frame has room; False when the driver must give more first."""
+        cdef uint32_t most = POSTED_MOST if self.mergeable else 1
+        cdef int got
+        while self.room < self.frame_room and self.posted < most:
+            got = queue.pop(&self.chain)
+            if got < 0:
+                return False
+            if got == 0:
+                # Nothing more to have now: a VLAN tag's four bytes may lack, or the whole ring is smaller than a large frame.
+                return self.room + VLAN_TAG >= self.frame_room or self.posted == queue.size
+            if self.chain.readable_count or self.chain.writable_bytes <= self.header:
+                queue.fail(b"receive buffer has a readable part, or no room for a header", self.chain.writable_bytes)
+                return False
+            if self.vector_count + self.chain.writable_count > POSTED_VECTORS:
+                queue.unpop(&self.chain)
+                break
+            memcpy(&self.vectors[self.vector_count], self.chain.writable, self.chain.writable_count * sizeof(iovec))
+            self.posts[self.posted].head = self.chain.head
+            self.posts[self.posted].vectors = self.chain.writable_count
+            self.posts[self.posted].size = self.chain.writable_bytes
+            self.vector_count += self.chain.writable_count
+            self.room += self.chain.writable_bytes
+            self.posted += 1
+        return self.posted > 0
+
+    cdef void deliver(self, Virtqueue queue, uint64_t length) noexcept nogil:
+        """Gives back the posted chains that a frame of `length` bytes filled."""
+        cdef uint32_t chains = 0, vectors = 0
+        cdef uint64_t left = length, written
+        while left:
+            written = min(left, self.posts[chains].size)
+            self.chain.head = self.posts[chains].head
+            queue.push(&self.chain, <uint32_t>written)
+            left -= written
+            self.room -= self.posts[chains].size
+            vectors += self.posts[chains].vectors
+            chains += 1
+        self.mark_buffers(chains)
+        self.posted -= chains
+        self.vector_count -= vectors
+        memmove(&self.posts[0], &self.posts[chains], self.posted * sizeof(Posted))
+        memmove(&self.vectors[0], &self.vectors[vectors], self.vector_count * sizeof(iovec))
+        self.rx_packets += 1
+        self.rx_bytes += length - self.header
+
+    cdef void mark_buffers(self, uint16_t count) noexcept nogil:
+        """num_buffers of the header in the first vectors, however the driver cut them; a legacy header has none."""
+        cdef uint8_t* bytes_of_count = <uint8_t*>&count
+        if self.header < NET_HEADER:
+            return
+        cdef uint64_t start = 0
+        cdef uint32_t i = 0, offset = NUM_BUFFERS
+        while offset < NUM_BUFFERS + sizeof(count):
+            while offset - start >= self.vectors[i].iov_len:
+                start += self.vectors[i].iov_len
+                i += 1
+            (<uint8_t*>self.vectors[i].iov_base)[offset - start] = bytes_of_count[offset - NUM_BUFFERS]
+            offset += 1
+
+    cdef void unpost(self, Virtqueue queue) noexcept nogil:
+        while self.posted:
+            queue.unpop(&self.chain)
+            self.posted -= 1
+        self.vector_count = 0
+        self.room = 0
+
+    cdef void watch_frames(self, bint wanted) noexcept nogil:
+        """Unwanted frames leave the descriptor ready: edge-triggered, without EPOLLIN, it stays quiet."""
+        if wanted != self.watching:
+            self.watching = wanted
+            self.reader.watch(EPOLLIN if wanted else EPOLLET)
+
+    # ---- transmit
+
+    cdef void transmit(self, Virtqueue queue) noexcept nogil:
+        cdef uint32_t done = 0
+        while done < BATCH:
+            if queue.pop(&self.chain) != 1:
+                return
+            self.send(&self.chain)
+            queue.push(&self.chain, 0)
+            done += 1
+        queue.doorbell.press()
+
+    cdef void send(self, Chain* chain) noexcept nogil:
+        """One frame; what the host does not take is dropped, as on a wire."""
+        cdef uint64_t length = chain.readable_bytes
+        if length < self.header + ETHERNET_HEADER or length > self.header + LARGEST_FRAME:
+            self.device.complain(b"frame of impossible length", length)
+            self.tx_dropped += 1
+        elif not self.link or self.backend.send(chain.readable, chain.readable_count) < 0:
+            self.tx_dropped += 1
+        else:
+            self.tx_packets += 1
+            self.tx_bytes += length - self.header
