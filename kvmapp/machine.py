@@ -319,14 +319,14 @@ class Machine:
         config, pio, irqs = self.config, self.vm.pio, self.vm.interrupts
         reset_control = ResetControl("reset-control", self.power)
         self._place(reset_control, pio, PORT_ACPI_RESET, 1)
+        self.acpi_pm = AcpiPm("acpi-pm", irqs.line(GSI_SCI), self.power, self.io)
+        self._place(self.acpi_pm, pio, PORT_ACPI_PM, PORT_ACPI_PM_SIZE)
         self._add_slots(reset_control)
         self._place(CmosRtc("rtc", irqs.line(GSI_RTC), self.io, memory=config.memory, vcpus=config.vcpus), pio, PORT_CMOS, 2)
         keyboard = I8042("i8042", irqs.line(GSI_KEYBOARD), self.power)
         self._place(keyboard, pio, PORT_I8042_DATA, 1, 0)
         self._place(keyboard, pio, PORT_I8042_COMMAND, 1, 4)
         self._place(Port92("port92", self.power), pio, PORT_SYSTEM_CONTROL_A, 1)
-        self.acpi_pm = AcpiPm("acpi-pm", irqs.line(GSI_SCI), self.power, self.io)
-        self._place(self.acpi_pm, pio, PORT_ACPI_PM, PORT_ACPI_PM_SIZE)
         if config.debug.port_402:
             self.debug_console = CharBackend("debug")
             self._place(DebugPort("debug-port", self.debug_console), pio, PORT_DEBUG_CONSOLE, 1)
