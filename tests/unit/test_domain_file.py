@@ -121,7 +121,7 @@ MISTAKES = [
     (TOP + "[interface 0]\n", 3, "of type bridge has no source", "the bridge's name"),
     (TOP + "[interface 0]\ntype = tap\nsource = t0\n", 3, "of type tap has no target", "the tap's name"),
     (TOP + "[interface 0]\ntype = user\nsource = br0\n", 5, "of type user has none", ""),
-    (TOP + "[interface 0]\ntype = user\nqueues = 4\n", 5, "'4' is honoured from version 0.2 on; this is 0.1.0", ""),
+    (TOP + "[interface 0]\ntype = user\nqueues = 4\n", 5, "'4': an interface of type user has one pair of queues", ""),
     (TOP + "[graphics vnc]\nlisten = 0.0.0.0\n", 4, "'0.0.0.0' is honoured from version 0.3 on", ""),
     (TOP + "[boot]\ncmdline = quiet\n", 4, "of no use without a kernel", "kernel"),
     (TOP + "[serial 0]\ntype = file\n", 3, "of type file has no path", ""),

@@ -111,7 +111,7 @@ CONFIG = [
     (["--disk", "a", "--disk", "a"], "--disk: source = '/cwd/a': is the source of disk vda too", "readonly"),
     (["--net", "tap="], "--net: target = ''", ""),
     (["--net", "tap=t0", "--net", "tap=t0"], "--net: target = 't0': [interface 0] has it already", ""),
-    (["--net", "user,queues=2"], "--net: queues = '2' is honoured from", ""),
+    (["--net", "user,queues=2"], "--net: queues = '2': an interface of type user has one pair", ""),
     (["--name", "a/b"], "--name 'a/b': expected a name", ""),
 ]
 
