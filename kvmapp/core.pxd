@@ -49,10 +49,12 @@ cdef class Vcpu:
     cdef pthread_t thread_id
     cdef bint running                # the thread exists; guarded by vm.lock
     cdef bint inside                 # counted in vm.awake; guarded by vm.lock
-    cdef object thread
+    cdef bint started                # thread_id is to be joined
+    cdef int native                  # the kernel's number of the thread, 0 before it runs
     cdef uint64_t exits[EXIT_REASONS]
     cdef int failure                 # errno of a KVM_RUN that failed for good
 
+    cdef void run(self) noexcept nogil
     cdef void loop(self) noexcept nogil
     cdef bint gate(self) noexcept nogil
     cdef void enter(self) noexcept nogil

@@ -12,7 +12,9 @@ step for each exit. It leaves KVM_RUN for the gate when it is kicked (signal and
 reset or the like (Power). Control methods (resume, pause, reset, close) belong to one control thread.
 Left out: nested virtualization state, KVM_EXIT_HLT (the irqchip is in the kernel), SMM.
 """
+from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint16_t
+from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
@@ -22,8 +24,9 @@ from kvmapp.abi.kvm cimport (KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_E
                              kvm_pit_config, kvm_regs, kvm_segment, kvm_sregs,
                              kvm_userspace_memory_region)
 from kvmapp.abi.posix cimport (EAGAIN, EINTR, MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, SIG_BLOCK, SIG_UNBLOCK, SIGRTMIN,
-                               atomic_fence, close, errno, ioctl, mmap, munmap, pthread_cond_broadcast,
-                               pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_kill, pthread_mutex_destroy,
+                               atomic_fence, close, errno, ioctl, mmap, munmap, own_thread_number, pthread_cond_broadcast,
+                               pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_create, pthread_join,
+                               pthread_kill, pthread_mutex_destroy,
                                pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_self, pthread_setname_np,
                                pthread_sigmask, sigaction, sigaction_t, sigaddset, sigemptyset, sigfillset, sigset_t)
 from kvmapp.coalesced cimport CoalescedRing
@@ -32,7 +35,6 @@ from kvmapp.irqchip cimport KvmInterrupts
 from kvmapp.vmstate cimport msr_indexes, restore_vcpu, restore_vm, save_vcpu, save_vm, tell_stopped
 
 import os
-import threading
 
 from kvmapp.errors import HostError
 from kvmapp.layout import IDENTITY_MAP_BASE, TSS_BASE
@@ -383,7 +385,7 @@ cdef class Vcpu:
     @property
     def thread_number(self):
         """The kernel's number of the thread (gettid), 0 before `start`."""
-        return self.thread.native_id if self.thread is not None else 0
+        return self.native
 
     def failure_text(self):
         """Why KVM could not go on with this vCPU (after a CRASH): for the log."""
@@ -398,35 +400,41 @@ cdef class Vcpu:
         return f"exit '{EXIT_NAMES.get(reason, reason)}'"
 
     def start(self):
-        """Starts the thread; a second call does nothing."""
-        if self.thread is None:
-            self.thread = threading.Thread(target=self.run, name=f"vcpu {self.index}", daemon=True)
-            self.thread.start()
+        """Starts the thread; a second call does nothing. Raises HostError."""
+        if self.started:
+            return
+        Py_INCREF(self)                                        # the thread's
+        result = pthread_create(&self.thread_id, NULL, vcpu_thread, <void*>self)
+        if result:
+            Py_DECREF(self)
+            raise HostError(f"Cannot start the thread of vCPU {self.index}: {os.strerror(result)}", "see ulimit -u and pids.max")
+        self.started = True
 
     def join(self):
         """Waits for the thread's end (after Vm.close)."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        if self.started:
+            with nogil:
+                pthread_join(self.thread_id, NULL)
+            self.started = False
+            Py_DECREF(self)
 
-    def run(self):
+    cdef void run(self) noexcept nogil:
         """The thread's body. Only the kick signal reaches it."""
         cdef sigset_t signals
-        cdef bytes name = self.thread.name.encode()
-        cdef char* c_name = name
-        with nogil:
-            sigfillset(&signals)
-            pthread_sigmask(SIG_BLOCK, &signals, NULL)
-            sigemptyset(&signals)
-            sigaddset(&signals, SIGRTMIN)
-            pthread_sigmask(SIG_UNBLOCK, &signals, NULL)
-            pthread_setname_np(pthread_self(), c_name)
-            self.loop()
+        cdef char name[16]
+        sigfillset(&signals)
+        pthread_sigmask(SIG_BLOCK, &signals, NULL)
+        sigemptyset(&signals)
+        sigaddset(&signals, SIGRTMIN)
+        pthread_sigmask(SIG_UNBLOCK, &signals, NULL)
+        snprintf(name, sizeof(name), b"vcpu %u", self.index)
+        pthread_setname_np(pthread_self(), name)
+        self.native = own_thread_number()
+        self.loop()
 
     cdef void loop(self) noexcept nogil:
         """Once round the gate, once into the guest, until the machine stops."""
         pthread_mutex_lock(&self.vm.lock)
-        self.thread_id = pthread_self()
         self.running = True
         pthread_mutex_unlock(&self.vm.lock)
         while self.gate():
@@ -536,6 +544,11 @@ cdef class Vcpu:
         if self.running:
             pthread_kill(self.thread_id, SIGRTMIN)
         pthread_mutex_unlock(&self.vm.lock)
+
+
+cdef void* vcpu_thread(void* vcpu) noexcept nogil:
+    (<Vcpu>vcpu).run()
+    return NULL
 
 
 cdef void set_flat(kvm_segment* segment, uint16_t selector, uint8_t kind, bint is_long) noexcept:

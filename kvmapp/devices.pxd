@@ -82,7 +82,7 @@ cdef class MsiLine:
     cdef void trigger(self) noexcept nogil
 
 
-cpdef enum PowerEvent:
+cdef enum:                           # PowerEvent for Python
     RUNNING = 0
     POWER_OFF = 1                    # the guest asked for S5
     RESET = 2                        # reset port, reset register or triple fault

@@ -407,6 +407,11 @@ cdef class MsiLine:
         posix.write(self.fd, &one, sizeof(one))
 
 
+class PowerEvent:
+    """devices.pxd's numbers. An enum's import would cost every start of a guest some milliseconds."""
+    RUNNING, POWER_OFF, RESET, CRASH, DEBUG_EXIT = range(5)
+
+
 cdef class Power:
     """Where the guest's wish to end arrives, from a device or a vCPU: the first wins until it is taken; `fd` is readable then."""
 
@@ -420,11 +425,11 @@ cdef class Power:
             close(self.fd)
 
     def take(self):
-        """(PowerEvent, code) and forgets it; (RUNNING, 0) when nothing was asked for."""
+        """(a number of PowerEvent, code) and forgets it; (RUNNING, 0) when nothing was asked for."""
         cdef uint64_t events
         posix.read(self.fd, &events, sizeof(events))
         cdef uint32_t event = atomic_exchange_u32(&self.event, RUNNING)
-        return PowerEvent(event), self.code if event else 0
+        return event, self.code if event else 0
 
     @property
     def asked(self):

@@ -4,8 +4,8 @@ Ctrl-] ends the guest; SIGTERM (or SIGINT) presses its power button and, a secon
 status tells how it ended: 0 powered off, 3 reset (with --no-reboot), 4 crashed, 5 ended from here, 6 saved, 2N+1 by debug exit N,
 1 an error. With --save FILE, SIGUSR1 saves the guest to FILE and ends it; --restore FILE goes on from there.
 """
+import _signal as signal  # its public face would import enum, and with it half of the library
 import fcntl
-import signal
 import struct
 import sys
 import termios

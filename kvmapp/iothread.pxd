@@ -1,6 +1,6 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from kvmapp.abi.posix cimport pthread_cond_t, pthread_mutex_t
+from kvmapp.abi.posix cimport pthread_cond_t, pthread_mutex_t, pthread_t
 
 
 cdef int64_t monotonic_ns() noexcept nogil
@@ -35,8 +35,12 @@ cdef class IoThread:
     cdef pthread_mutex_t lock
     cdef pthread_cond_t changed
     cdef set sources
-    cdef object runner
+    cdef pthread_t thread_id
+    cdef bint started                # thread_id is to be joined
+    cdef readonly int native         # the kernel's number of the thread, 0 before it runs
+    cdef char title[16]
 
+    cdef void run(self) noexcept nogil
     cdef void loop(self) noexcept nogil
     cdef bint park(self) noexcept nogil
     cdef void drain_wake(self) noexcept nogil

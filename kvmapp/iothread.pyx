@@ -4,18 +4,19 @@ A source belongs to one thread and is added and removed by the control thread on
 one (a device ignores an event that its state does not want). Callbacks run with no lock held and take their Device's lock.
 `pause` returns when the thread stands between two callbacks; `remove` when no callback of that source runs or will run.
 """
-from libc.string cimport memset
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.string cimport memset, strncpy
 
 from kvmapp.abi.epoll cimport (EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, TFD_CLOEXEC, TFD_NONBLOCK,
                                TFD_TIMER_ABSTIME, epoll_create1, epoll_ctl, epoll_event, epoll_wait, itimerspec,
                                timerfd_create, timerfd_settime)
 from kvmapp.abi.posix cimport (CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, SIG_BLOCK, clock_gettime, close, errno, eventfd,
-                               pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait,
-                               pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+                               own_thread_number, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait,
+                               pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+                               pthread_mutex_unlock,
                                pthread_setname_np, pthread_self, pthread_sigmask, read, sigfillset, sigset_t, timespec, write)
 
 import os
-import threading
 
 cdef enum:
     BATCH = 32                       # events taken from the kernel at once
@@ -119,7 +120,9 @@ cdef class IoThread:
     def __cinit__(self, str name not None="io"):
         pthread_mutex_init(&self.lock, NULL)
         pthread_cond_init(&self.changed, NULL)
+        cdef bytes title = name.encode()[:sizeof(self.title) - 1]
         self.name = name
+        strncpy(self.title, title, sizeof(self.title) - 1)
         self.sources = set()
         self.pausing = True
         self.parked = True
@@ -168,14 +171,19 @@ cdef class IoThread:
             self.resume()
 
     def resume(self):
-        """Starts or goes on."""
+        """Starts or goes on. Raises OSError."""
         if self.stopping:
             return
-        if self.runner is None:
+        if not self.started:
             self.parked = False
             self.pausing = False
-            self.runner = threading.Thread(target=self.run, name=self.name, daemon=True)
-            self.runner.start()
+            Py_INCREF(self)              # the thread's
+            result = pthread_create(&self.thread_id, NULL, io_thread, <void*>self)
+            if result:
+                Py_DECREF(self)
+                self.parked = self.pausing = True
+                raise OSError(result, f"{self.name}: cannot start a thread: {os.strerror(result)}")
+            self.started = True
             return
         with nogil:
             pthread_mutex_lock(&self.lock)
@@ -187,7 +195,7 @@ cdef class IoThread:
     def pause(self):
         """Returns when the thread stands still between two callbacks."""
         cdef uint64_t one = 1
-        if self.runner is None:
+        if not self.started:
             return
         with nogil:
             pthread_mutex_lock(&self.lock)
@@ -208,24 +216,24 @@ cdef class IoThread:
             write(self.wake, &one, sizeof(one))
             pthread_cond_broadcast(&self.changed)
             pthread_mutex_unlock(&self.lock)
-        if self.runner is not None:
-            self.runner.join()
-            self.runner = None
+        if self.started:
+            with nogil:
+                pthread_join(self.thread_id, NULL)
+            self.started = False
+            Py_DECREF(self)
         for source in list(self.sources):
             epoll_ctl(self.epoll, EPOLL_CTL_DEL, (<EventSource>source).fd, NULL)
             (<EventSource>source).thread = None
         self.sources.clear()
 
-    def run(self):
+    cdef void run(self) noexcept nogil:
         """The thread's body: signals are for the control thread, so all are blocked here."""
         cdef sigset_t all_signals
-        cdef bytes name = self.name.encode()[:15]
-        cdef char* c_name = name
-        with nogil:
-            sigfillset(&all_signals)
-            pthread_sigmask(SIG_BLOCK, &all_signals, NULL)
-            pthread_setname_np(pthread_self(), c_name)
-            self.loop()
+        sigfillset(&all_signals)
+        pthread_sigmask(SIG_BLOCK, &all_signals, NULL)
+        pthread_setname_np(pthread_self(), self.title)
+        self.native = own_thread_number()
+        self.loop()
 
     cdef void loop(self) noexcept nogil:
         cdef epoll_event events[BATCH]
@@ -255,3 +263,8 @@ cdef class IoThread:
     cdef void drain_wake(self) noexcept nogil:
         cdef uint64_t count
         read(self.wake, &count, sizeof(count))
+
+
+cdef void* io_thread(void* thread) noexcept nogil:
+    (<IoThread>thread).run()
+    return NULL

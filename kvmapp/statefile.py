@@ -81,6 +81,15 @@ class SavedState:
 
 # Writing.
 
+def sync_folder(path: str) -> None:
+    """What was renamed or removed there is so after a power cut, too. Raises OSError."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 class Draft:
     """A temporary file beside `path`, gone again at the end unless it was published. Raises HostError."""
 
@@ -118,11 +127,7 @@ class Draft:
             os.fsync(self.fd)
             os.rename(self.temporary, self.path)
             self.temporary = ""
-            folder = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync_folder(os.path.dirname(self.path))
         except OSError as error:
             raise HostError(f"Cannot save to '{self.path}': {error.strerror}", hint_for(error)) from None
 

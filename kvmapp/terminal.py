@@ -1,6 +1,6 @@
 """The user's terminal while a guest has it: raw mode, the key that leaves, and a guard that puts it back whatever happens."""
+import _signal as signal  # its public face would import enum, and with it half of the library
 import os
-import signal
 import sys
 import termios
 import tty

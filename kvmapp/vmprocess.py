@@ -278,6 +278,14 @@ class Domain(DeviceVerbs):
         self.loop.call(lambda: self.end(Ending("saved", "saved", EXIT_SAVED)))
         return {}
 
+    def verb_save_undo(self, connection, _request) -> dict:
+        """The file did not get its name: the guest goes on."""
+        if self.state != "saving" or self.saving:
+            raise WrongState(f"Domain '{self.config.name}' is {self.state}", "this needs a domain that was just saved")
+        connection.on_close = None
+        self.save_undone(None)
+        return {}
+
     def save(self, done: "Callable[[KvmappError | None], None]", path: str = "", fd: int = -1) -> None:
         """Stops the guest and starts to write it. `done` hears of the end, before the domain ends or goes on. Raises KvmappError."""
         from kvmapp.saving import Saving  # a domain that is never saved goes without
@@ -294,7 +302,7 @@ class Domain(DeviceVerbs):
             if self.state == "running":
                 self.machine.resume()
             raise
-        self.change("saving", "user")
+        self.change("saving", "saving")
 
     def save_over(self, error: KvmappError | None, done: "Callable[[KvmappError | None], None]", path: str) -> None:
         self.saving = None
@@ -311,7 +319,7 @@ class Domain(DeviceVerbs):
         if self.saving:
             self.saving.give_up()
             self.saving = None
-        self.log(f"not saved: {error.message if error else 'whoever saved it went away'}")
+        self.log(f"not saved: {error.message if error else 'whoever saved it gave up'}")
         if self.saved_from[0] == "running":
             self.machine.resume()
         self.change(*self.saved_from)

@@ -47,6 +47,15 @@ cdef extern from "<sys/mman.h>" nogil:
     int madvise(void* address, size_t length, int advice)
 
 
+cdef extern from *:
+    """
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    static inline int own_thread_number(void) { return (int)syscall(SYS_gettid); }
+    """
+    int own_thread_number() noexcept nogil        # gettid, which glibc has only from 2.30 on
+
+
 cdef extern from "<sys/eventfd.h>" nogil:
     int EFD_CLOEXEC, EFD_NONBLOCK
     int eventfd(unsigned int value, int flags)

@@ -16,6 +16,7 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         "lifecycle": ("autostart", "destroy", "reboot", "reset", "resume", "shutdown", "start", "suspend", "wait"),
         "definition": ("create", "define", "desc", "domrename", "dumpconf", "dumpxml", "undefine"),
         "editing": ("edit",),
+        "saving": ("managedsave", "managedsave-remove", "restore", "save"),
         "identity": ("domid", "domname", "domuuid"),
         "resources": ("setmaxmem", "setmem", "setvcpus", "vcpucount", "vcpuinfo"),
         "console": ("console", "ttyconsole"),

@@ -14,6 +14,7 @@ STATES = ("running", "paused", "in shutdown", "shut off", "crashed", "no respons
 
 @verb("start", "start a domain that is shut off", domain(complete="inactive"),
       flag("console", "then attach to its console"), flag("paused", "make it, but do not let it run yet"),
+      flag("force-boot", "boot it even if it has a managed save, which is given up"),
       failure="Failed to start domain '{domain}'")
 def start(session, given):
     if given.console:
@@ -21,7 +22,8 @@ def start(session, given):
         require_terminal()
     try:
         with session.wait_with(f"starting {given.domain}", given.domain):
-            changed = session.daemon.post(of(given.domain, "start"), **({"paused": True} if given.paused else {}))
+            wishes = {"paused": given.paused, "force_boot": given.force_boot}
+            changed = session.daemon.post(of(given.domain, "start"), **{name: True for name, wish in wishes.items() if wish})
     except DomainRunning as error:
         session.complain_of(DomainRunning("Domain is already active", error.hint))
         return error.exit_code

@@ -24,7 +24,8 @@ def dominfo_lines(detail: dict) -> list[tuple[str, object]]:
         lines.append(("CPU time", render.seconds(cpu_time)))
     lines += [("Max memory", render.kib(detail["memory"])), ("Used memory", render.kib(used)),
               ("Persistent", render.yes_no(detail["persistent"])),
-              ("Autostart", "enable" if detail["autostart"] else "disable")]
+              ("Autostart", "enable" if detail["autostart"] else "disable"),
+              ("Managed save", render.yes_no(detail["managed_save"]))]
     return lines + [("" if number else "Messages", text) for number, text in enumerate(messages(detail))]
 
 

@@ -14,6 +14,7 @@ from kvmapp.config import DomainConfig, write_domain
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain
 from kvmapp.daemon.process import DomainProcess
+from kvmapp.daemon.saving import remove_image, start_or_go_on
 from kvmapp.daemon.starting import start as start_domain
 from kvmapp.daemon.storage import remove_storage
 from kvmapp.errors import (
@@ -112,6 +113,8 @@ async def undefine(call: Call) -> dict:
         removed = [f"file {domain.stored.path}" if domain.stored else ""]
         if domain.name in store.autostarted:
             removed.append("autostart link")
+        if not domain.active and remove_image(call.supervisor.paths, domain.name):
+            removed.append("managed save image")
         store.remove(domain.name)
         names = [disk.name for disk in config.disks] if everything and config else (wanted or "").split(",") if wanted else []
         job.progress = "removing storage"
@@ -128,6 +131,9 @@ async def rename(call: Call) -> dict:
     new = call.body.get("name", "")
     domain.want_persistent()
     domain.want_inactive()
+    if os.path.exists(supervisor.paths.managed_save(domain.name)):
+        raise KvmappError("Requested operation is not valid: cannot rename domain with a managed save image",
+                          f"start it, or give the image up: kvmappctl managedsave-remove {domain.name}")
     if new == domain.name:
         raise UsageError("Can't rename domain to itself")
     with domain.jobs.hold("rename", call.who):
@@ -153,7 +159,8 @@ async def autostart(call: Call) -> dict:
 
 async def start(call: Call) -> dict:
     domain = call.domain()
-    await start_domain(call.supervisor, domain, call.who, paused=call.body.get("paused", False))
+    await start_or_go_on(call.supervisor, domain, call.who, paused=call.body.get("paused", False),
+                         force_boot=call.body.get("force_boot", False))
     return call.changed(domain)
 
 
@@ -201,7 +208,7 @@ async def tell_process(call: Call, verb: str) -> dict:
 async def destroy(call: Call) -> dict:
     """The way out of every state: breaks the job that is there, asks, and kills what does not answer."""
     domain = call.domain()
-    starting = domain.jobs.current is not None and domain.jobs.current.verb == "start"
+    starting = domain.jobs.current is not None and domain.jobs.current.verb in ("start", "restore")
     if not domain.active and not starting:
         raise DomainNotRunning("Requested operation is not valid: domain is not running")
     await domain.jobs.break_current(call.who)

@@ -11,7 +11,7 @@ import logging
 import os
 import time
 
-from kvmapp.daemon.starting import start
+from kvmapp.daemon.saving import start_or_go_on
 from kvmapp.daemon.taps import is_bridge
 from kvmapp.errors import KvmappError
 from kvmapp.hostinfo import boot_id
@@ -123,7 +123,7 @@ class Autostart:
         if domain.active:
             return False
         try:
-            await start(self.supervisor, domain, "autostart")
+            await start_or_go_on(self.supervisor, domain, "autostart")
         except KvmappError as error:
             self.fail(domain.name, str(error))
             return False

@@ -212,7 +212,8 @@ class Domain:
         pid = self.process.pid if self.process else 0
         times = cpu_times_of(pid) if pid else None
         return {
-            **self.summary(), "os_type": "hvm", "cpu_time_ns": sum(times) if times else None,
+            **self.summary(), "managed_save": os.path.exists(self.paths.managed_save(self.name)),
+            "os_type": "hvm", "cpu_time_ns": sum(times) if times else None,
             "resident": resident_of(pid) if pid else None, "log": self.paths.domain_log(self.name),
             "control": self.paths.control(self.name) if record else None,
             "disks": disk_views(config) if config else [],

@@ -67,6 +67,14 @@ class Paths:
         """Leases, which outlive a restart of the network and of the host."""
         return os.path.join(self.state, "networks")
 
+    @property
+    def saved(self) -> str:
+        """Managed saves."""
+        return os.path.join(self.state, "save")
+
+    def managed_save(self, name: str) -> str:
+        return os.path.join(self.saved, f"{name}.save")
+
     def domain_config(self, name: str) -> str:
         return os.path.join(self.domains, f"{name}.conf")
 
@@ -92,6 +100,6 @@ class Paths:
         for folder, mode in ((self.config, 0o755), (self.domains, 0o700), (self.autostart, 0o700), (self.networks, 0o700),
                              (self.network_autostart, 0o700), (self.run, 0o755), (self.network_run, 0o755),
                              (self.network_state, 0o755), (self.records, 0o700), (os.path.join(self.run, "domains"), 0o755),
-                             (self.log, 0o755), (self.state, 0o755)):
+                             (self.log, 0o755), (self.state, 0o755), (self.saved, 0o700)):
             if not os.path.isdir(folder):
                 os.makedirs(folder, mode)

@@ -29,7 +29,7 @@ ANSWER_TIMEOUT = 5.0
 CHECK_TIMEOUT = 2.0                     # of the heartbeat: a domain's control thread has little else to do than to answer
 LAST_BREATH = 0.1                       # between the end of a process's sockets and its own
 # What a domain process calls its state, and what virsh does.
-STATES = {"starting": "paused", "running": "running", "paused": "paused", "shutting down": "in shutdown",
+STATES = {"starting": "paused", "running": "running", "paused": "paused", "saving": "paused", "shutting down": "in shutdown",
           "in shutdown": "in shutdown", "crashed": "crashed", "shut off": "in shutdown"}
 
 
@@ -42,6 +42,7 @@ class ControlLink(asyncio.Protocol):
         self.buffer = bytearray()
         self.count = 0
         self.transport: asyncio.Transport | None = None
+        self.socket: socket.socket | None = None                # beside the transport, for descriptors only
 
     def connection_made(self, transport) -> None:
         self.transport = transport
@@ -70,7 +71,7 @@ class ControlLink(asyncio.Protocol):
                 answer.set_result(message)
 
     def connection_lost(self, _error) -> None:
-        self.transport = None
+        self.transport = self.socket = None
         for answer in self.answers.values():
             if not answer.done():
                 answer.set_exception(ConnectionResetError("the domain process closed its control socket"))
@@ -80,15 +81,21 @@ class ControlLink(asyncio.Protocol):
         if self.transport is not None:
             self.transport.abort()
 
-    async def ask(self, verb: str, timeout: float, arguments: dict) -> dict:
-        """The answer. Raises KvmappError as the domain says, TimeoutError, ConnectionResetError."""
+    async def ask(self, verb: str, timeout: float | None, arguments: dict, fd: int = -1) -> dict:
+        """The answer; `fd` goes with the request. Raises KvmappError as the domain says, TimeoutError, ConnectionResetError."""
         if self.transport is None:
             raise ConnectionResetError
         self.count += 1
         number = self.count
         answer = self.answers[number] = asyncio.get_running_loop().create_future()
         try:
-            self.transport.write(json.dumps({"id": number, "verb": verb, **arguments}).encode() + b"\n")
+            line = json.dumps({"id": number, "verb": verb, **arguments}).encode() + b"\n"
+            if fd >= 0:
+                if self.transport.get_write_buffer_size() or self.socket is None:
+                    raise TimeoutError      # it does not even read what it was sent before
+                socket.send_fds(self.socket, [line], [fd])      # a line is small: all of it goes, or BlockingIOError
+            else:
+                self.transport.write(line)
             message = await asyncio.wait_for(answer, timeout)
         finally:
             del self.answers[number]
@@ -132,6 +139,7 @@ class DomainProcess:
         self.meet(peer)
         link = ControlLink(self.hear, self.lost)
         await asyncio.get_running_loop().create_connection(lambda: link, sock=peer)
+        link.socket = peer
         self.link = link
         return True
 
@@ -189,12 +197,12 @@ class DomainProcess:
 
     # Talking.
 
-    async def ask(self, verb: str, timeout: float = ANSWER_TIMEOUT, **arguments: object) -> dict:
-        """One verb. Raises what the domain raises, or NoResponse."""
+    async def ask(self, verb: str, timeout: float | None = ANSWER_TIMEOUT, *, fd: int = -1, **arguments: object) -> dict:
+        """One verb, with a descriptor if need be; timeout None: as long as it takes. Raises what the domain raises, or NoResponse."""
         try:
             if self.link is None:
                 raise ConnectionResetError
-            answer = await self.link.ask(verb, timeout, arguments)
+            answer = await self.link.ask(verb, timeout, arguments, fd)
         except (TimeoutError, OSError):
             if not self.ended and (not self.pid or self.lives()):
                 self.set_silent(True)

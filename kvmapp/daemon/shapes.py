@@ -96,6 +96,7 @@ ENDING = {**record(state=text(), reason=text(), text=text("for people"), time=nu
           "description": "How the domain ended the last time."}
 
 DETAIL = {"allOf": [ref("Domain"), record(
+    managed_save=yes_no("its next start goes on from there"),
     os_type=text("hvm"), cpu_time_ns=maybe(whole("user and system time of its process")),
     resident=maybe(whole("host memory that its process holds")),
     log=text("its log"), control=maybe(text("its control socket, for consoles")),
@@ -116,6 +117,8 @@ HOST_INTERFACES = record(interfaces=list_of(record(
 BRIDGED = record(bridge=text(), device=text(), timeout=number("seconds until it is undone unless confirmed"), warnings=list_of(text()))
 
 CONFIRMED = record(what=text("for people"))
+
+SAVE_REMOVED = {"allOf": [ref("Changed"), record(removed=yes_no("false: there was none"))]}
 
 DEFINED = record(domain=ref("Domain"), created=yes_no("false: there was one and it was replaced"),
                  made=list_of(text("what was absent and made: uuid, [interface 0] mac")), warnings=list_of(text()))
@@ -225,7 +228,8 @@ ADDRESSES = record(addresses=list_of(record(interface=maybe(text("the tap")), ma
 
 SCHEMAS: dict[str, Shape] = {
     "Error": ERROR, "Job": JOB, "Waiting": WAITING, "Domain": DOMAIN, "Disk": DISK, "Interface": INTERFACE, "Console": CONSOLE,
-    "Ending": ENDING, "DomainDetail": DETAIL, "Domains": DOMAINS, "Changed": CHANGED, "Defined": DEFINED, "Undefined": UNDEFINED,
+    "Ending": ENDING, "DomainDetail": DETAIL, "Domains": DOMAINS, "Changed": CHANGED, "SaveRemoved": SAVE_REMOVED,
+    "Defined": DEFINED, "Undefined": UNDEFINED,
     "Config": CONFIG, "InterfaceChanged": INTERFACE_CHANGED, "HostInterfaces": HOST_INTERFACES, "Bridged": BRIDGED, "Confirmed": CONFIRMED,
     "MemorySet": MEMORY_SET, "Vcpu": VCPU, "Vcpus": VCPUS, "DiskStats": DISK_STATS, "InterfaceStats": INTERFACE_STATS,
     "BalloonStats": BALLOON_STATS, "Stats": STATS, "AllStats": ALL_STATS,
@@ -253,7 +257,9 @@ ATTACH_INTERFACE = options(settings=INTERFACE_SETTINGS, live=yes_no(), config=ye
 DETACH_INTERFACE = options(type=text("of this type only"), interface=text("its MAC address, or its tap"), live=yes_no(), config=yes_no(),
                            persistent=yes_no())
 UPDATE_INTERFACE = options(interface=text("its MAC address, or its tap"), settings=INTERFACE_SETTINGS, live=yes_no(), config=yes_no())
-START = options(paused=yes_no("made, but its vCPUs do not run yet"))
+START = options(paused=yes_no("made, but its vCPUs do not run yet"), force_boot=yes_no("give up its managed save, if there is one"))
+SAVE = options(file=text("absolute path on the daemon's host"))
+RESTORE = options(file=text("absolute path on the daemon's host"), paused=yes_no("its vCPUs do not run yet"))
 SHUTDOWN = options(mode=one_of("acpi"), timeout=number("wait so long for the end; null or 0: do not wait"))
 REBOOT = options(mode=one_of("acpi"))
 DESTROY = options(graceful=yes_no("never SIGKILL: fail if the process does not end by itself"))

@@ -35,17 +35,18 @@ LAST_WORDS = 2.0                        # between the end of its socket and its 
 
 
 async def start(supervisor: Supervisor, domain: Domain, who: str, *, paused: bool = False,
-                config: DomainConfig | None = None) -> None:
-    """Raises KvmappError; then nothing of it is left. `config`: of a transient domain; else its file's."""
-    with domain.jobs.hold("start", who) as job:
+                config: DomainConfig | None = None, state: int = -1) -> None:
+    """Raises KvmappError; then nothing of it is left. `config`: of a transient or saved domain; else its file's. `state`: the open
+    file of a saved state to go on from; it stays the caller's."""
+    with domain.jobs.hold("start" if state < 0 else "restore", who) as job:
         if domain.active:
             raise DomainRunning("Domain is already active", f"kvmappctl domstate {domain.name}")
         config = config or domain.want_persistent()
         try:
-            await attempt(Start(supervisor, domain, config, paused), job)
+            await attempt(Start(supervisor, domain, config, paused, state), job)
         except ZygoteDied:                              # a new one is there at the next try
-            await attempt(Start(supervisor, domain, config, paused), job)
-    supervisor.tell(domain.name, "Started", "Booted")
+            await attempt(Start(supervisor, domain, config, paused, state), job)
+    supervisor.tell(domain.name, "Started", "Booted" if state < 0 else "Restored")
     supervisor.join_groups(domain)
     if domain.process and domain.process.ended:         # its end fell into the start's last moment
         supervisor.process_gone(domain)
@@ -71,9 +72,10 @@ async def attempt(start: Start, job: Job) -> None:
 class Start:
     """One attempt. `files` are the descriptors to hand over, by what they are for."""
 
-    def __init__(self, supervisor: Supervisor, domain: Domain, config: DomainConfig, paused: bool):
+    def __init__(self, supervisor: Supervisor, domain: Domain, config: DomainConfig, paused: bool, state: int):
         self.supervisor, self.domain, self.config, self.paused = supervisor, domain, config, paused
         self.paths = supervisor.paths
+        self.state = state
         self.files: dict[str, int] = {}
         self.taps: dict[str, str] = {}
         self.disks: list[list] = []
@@ -91,6 +93,8 @@ class Start:
         self.files["control"] = listener.detach()
         self.files["log"] = domainlog.open_log(self.paths.domain_log(self.domain.name), defaults.log_max_size,
                                                defaults.log_max_backups)
+        if self.state >= 0:
+            self.files["restore"] = os.dup(self.state)
         self.note()
 
     async def launch(self) -> None:

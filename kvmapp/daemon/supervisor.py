@@ -21,6 +21,7 @@ from kvmapp.daemon.domain import Domain, Record, read_ending, write_ending
 from kvmapp.daemon.events import Events
 from kvmapp.daemon.networks import Networks
 from kvmapp.daemon.process import DomainProcess
+from kvmapp.daemon.saving import clear_images
 from kvmapp.daemon.spawn import Zygote
 from kvmapp.daemon.store import Store, not_found
 from kvmapp.errors import KvmappError
@@ -128,6 +129,7 @@ class Supervisor:
                 self.take_orphan(name)
         await asyncio.gather(*(self.find_process(domain) for domain in self.active()))
         self.merge()
+        clear_images(self.paths, {domain.name for domain in self.active()})
         await self.networks.find_running()
         await self.cards.find_running()
 

@@ -14,7 +14,7 @@ cdef enum:
     PCI_COMMAND_MASTER = 0x004
     PCI_COMMAND_INTX_DISABLE = 0x400
 
-cpdef enum BarKind:
+cdef enum:                           # BarKind for Python
     BAR_IO = 0
     BAR_MEM32 = 1
     BAR_MEM64 = 2                    # takes two BAR registers
@@ -33,7 +33,7 @@ cdef struct Bar:
     uint64_t size                    # bytes, a power of two; 0: no BAR starts at this register
     uint64_t offset                  # of its first byte in the function's register space
     uint64_t address                 # where it is mapped
-    BarKind kind
+    uint32_t kind
     bint mapped
 
 

@@ -47,6 +47,11 @@ cdef enum:
     FULL_IO_SPACE = 0x10000
 
 
+class BarKind:
+    """pci.pxd's numbers."""
+    BAR_IO, BAR_MEM32, BAR_MEM64, BAR_MEM64_PREFETCH = range(4)
+
+
 cdef class PciFunction(Device):
     """A function of a PCI device, not yet in a slot: PciHost.attach puts it there."""
 
@@ -71,7 +76,7 @@ cdef class PciFunction(Device):
         self.define(SUBSYSTEM_VENDOR_ID, 4, subsystem_vendor | <uint32_t>subsystem << 16, 0)
         self.define(INTERRUPT_PIN, 1, pin, 0)
 
-    def add_bar(self, uint32_t index, uint64_t size, BarKind kind, uint64_t offset=0):
+    def add_bar(self, uint32_t index, uint64_t size, uint32_t kind, uint64_t offset=0):
         """BAR `index` shows the `size` bytes at `offset` of the function's register space."""
         cdef uint32_t registers = 2 if kind >= BAR_MEM64 else 1
         cdef uint32_t low_flags = {BAR_IO: BAR_FLAG_IO, BAR_MEM32: 0, BAR_MEM64: BAR_FLAG_MEM64,
@@ -180,7 +185,7 @@ cdef class PciFunction(Device):
 
     def wanted_bars(self):
         """[(index, size, kind)] of the BARs that firmware has to place."""
-        return [(i, self.bars[i].size, BarKind(self.bars[i].kind)) for i in range(MAX_BARS) if self.bars[i].size]
+        return [(i, self.bars[i].size, self.bars[i].kind) for i in range(MAX_BARS) if self.bars[i].size]
 
     def enter(self, Bus pio not None, Bus mmio not None, IrqLine intx, list windows not None):
         """Puts the function onto its buses; `windows` are the (base, size) for I/O, 32-bit and 64-bit BARs. For PciHost."""

@@ -1,0 +1,45 @@
+"""A running domain into a file and back: save, restore, managedsave, managedsave-remove."""
+from __future__ import annotations
+
+import os
+
+from kvmapp.cli.table import argument, domain, flag, verb
+from kvmapp.client import of
+
+
+@verb("save", "save a domain that runs to a file, and end it", domain(complete="active"),
+      argument("file", "where to", complete="file"),
+      text="The guest's memory and the state of its devices go to the file; restore goes on from there. Its disks must not change in "
+           "between. If the file cannot be written, the guest goes on as if nothing had been.",
+      failure="Failed to save domain '{domain}' to {file}")
+def save(session, given):
+    with session.wait_with(f"saving {given.domain}", given.domain):
+        changed = session.daemon.post(of(given.domain, "save"), file=os.path.abspath(given.file))
+    session.done(changed, f"\nDomain '{changed['domain']['name']}' saved to {given.file}")
+
+
+@verb("restore", "go on with a domain from the file it was saved to", argument("file", "which file", complete="file"),
+      flag("paused", "do not let it run yet"),
+      text="The file stays, and must not be written to while the domain runs: its memory is read from there when it is needed.",
+      failure="Failed to restore domain from {file}")
+def restore(session, given):
+    with session.wait_with(f"restoring from {given.file}"):
+        changed = session.daemon.post("/v1/restore", file=os.path.abspath(given.file), **({"paused": True} if given.paused else {}))
+    session.done(changed, f"Domain restored from {given.file}")
+
+
+@verb("managedsave", "save a domain that runs; its next start goes on from there", domain(complete="active"),
+      failure="Failed to save domain '{domain}' state")
+def managedsave(session, given):
+    with session.wait_with(f"saving {given.domain}", given.domain):
+        changed = session.daemon.post(of(given.domain, "managedsave"))
+    session.done(changed, f"\nDomain '{changed['domain']['name']}' state saved by kvmapp")
+
+
+@verb("managedsave-remove", "give up a domain's managed save, so that its next start boots it", domain(),
+      failure="Failed to remove managed save image for domain '{domain}'")
+def managedsave_remove(session, given):
+    changed = session.daemon.post(of(given.domain, "managedsave-remove"))
+    name = changed["domain"]["name"]
+    session.done(changed, f"Removed managedsave image for domain '{name}'" if changed["removed"]
+                 else f"Domain '{name}' has no manage save image; removal skipped")

@@ -1,0 +1,152 @@
+"""save, restore, managedsave: a running domain into a file and back (statefile.py has the format, saving.py the domain's side).
+
+The file is opened here, as root, and written by the domain process through that descriptor. It gets its name when all is written
+and synced, and only then the domain ends; whatever fails before, the guest goes on. A managed save lies in STATE/save/NAME.save:
+the next start goes on from it and takes it away before the guest runs, so that no guest is ever restored twice from one image.
+An image of a domain that runs is void.
+"""
+from __future__ import annotations
+
+import asyncio
+import os
+from contextlib import suppress
+
+from kvmapp import statefile
+from kvmapp.config import DomainConfig
+from kvmapp.daemon.call import Call
+from kvmapp.daemon.domain import Domain
+from kvmapp.daemon.starting import start as start_domain
+from kvmapp.errors import DomainRunning, HostError, KvmappError, NoResponse, StateError, UsageError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from kvmapp.daemon.jobs import Job
+    from kvmapp.daemon.paths import Paths
+    from kvmapp.daemon.supervisor import Supervisor
+
+END_TIMEOUT = 10.0                      # for the process of a saved domain to go
+
+
+async def save(call: Call) -> dict:
+    domain, path = call.domain(), absolute(call)
+    with domain.jobs.hold("save", call.who) as job:
+        await write(domain, path, job)
+    return call.changed(domain)
+
+
+async def managed_save(call: Call) -> dict:
+    domain = call.domain()
+    domain.want_active()
+    if domain.stored is None:
+        raise KvmappError("Requested operation is not valid: cannot do managed save for transient domain",
+                          f"kvmappctl save {domain.name} FILE saves it to a file of yours")
+    with domain.jobs.hold("managedsave", call.who) as job:
+        await write(domain, call.supervisor.paths.managed_save(domain.name), job)
+    return call.changed(domain)
+
+
+async def managed_save_remove(call: Call) -> dict:
+    domain = call.domain()
+    with domain.jobs.hold("managedsave-remove", call.who):
+        removed = remove_image(call.supervisor.paths, domain.name)
+    return {**call.changed(domain), "removed": removed}
+
+
+async def restore(call: Call) -> dict:
+    path, supervisor = absolute(call), call.supervisor
+    fd, config = await asyncio.to_thread(open_state, path)
+    try:
+        supervisor.refresh()
+        domain = supervisor.domains.get(config.name)
+        if domain is not None and domain.active:
+            raise DomainRunning(f"domain '{config.name}' is already active", f"end it first: kvmappctl destroy {config.name}")
+        supervisor.store.check_identity(config)
+        domain = supervisor.domains.setdefault(config.name, domain or supervisor.make(config.name))
+        try:
+            await start_domain(supervisor, domain, call.who, paused=call.body.get("paused", False), config=config, state=fd)
+        finally:
+            supervisor.merge()
+    finally:
+        os.close(fd)
+    return call.changed(domain)
+
+
+async def start_or_go_on(supervisor: Supervisor, domain: Domain, who: str, *, paused: bool = False, force_boot: bool = False) -> None:
+    """Starts the domain, from its managed save if it has one. Raises KvmappError; a save that cannot be used is kept."""
+    path = supervisor.paths.managed_save(domain.name)
+    if domain.active or force_boot or not os.path.exists(path):
+        await start_domain(supervisor, domain, who, paused=paused)
+        remove_image(supervisor.paths, domain.name)
+        return
+    try:
+        fd, config = await asyncio.to_thread(open_state, path)
+    except StateError as error:
+        raise StateError(error.message, f"kvmappctl managedsave-remove {domain.name} gives it up; then start boots the domain") from None
+    try:
+        if config.uuid != domain.uuid:
+            raise StateError(f"The managed save image of domain '{domain.name}' is another domain's (UUID {config.uuid})",
+                             f"kvmappctl managedsave-remove {domain.name} gives it up")
+        await start_domain(supervisor, domain, who, paused=True, config=config, state=fd)
+        remove_image(supervisor.paths, domain.name)
+    finally:
+        os.close(fd)
+    if not paused and domain.process:
+        await domain.process.ask("resume")
+        await domain.process.refresh()
+
+
+def remove_image(paths: Paths, name: str) -> bool:
+    """Whether there was one. Raises OSError."""
+    path = paths.managed_save(name)
+    if not os.path.exists(path):
+        return False
+    os.unlink(path)
+    statefile.sync_folder(os.path.dirname(path))
+    return True
+
+
+def clear_images(paths: Paths, active: set[str]) -> None:
+    """For a daemon that starts: images of domains that run, and what an interrupted saving left."""
+    for entry in os.listdir(paths.saved):
+        if entry.startswith(".") or entry.removesuffix(".save") in active:
+            with suppress(OSError):
+                os.unlink(os.path.join(paths.saved, entry))
+
+
+# Steps.
+
+async def write(domain: Domain, path: str, job: Job) -> None:
+    """Saves the running domain and ends it. Raises KvmappError; then it goes on."""
+    process = domain.want_active()
+    job.progress = "writing its memory"
+    draft = await asyncio.to_thread(statefile.Draft, path)
+    with draft:
+        await process.ask("save", None, fd=draft.fd)
+        job.progress = "giving the file its name"
+        try:
+            await asyncio.to_thread(draft.publish)
+        except HostError:
+            await process.ask("save-undo")
+            raise
+    await process.ask("save-end")
+    if not await domain.wait_until(lambda: domain.process is not process, END_TIMEOUT):
+        raise NoResponse(f"Domain '{domain.name}' is saved to {path}, but its process does not end",
+                         f"kvmappctl destroy {domain.name} ends it")
+
+
+def absolute(call: Call) -> str:
+    path = call.body.get("file", "")
+    if not path.startswith("/") or "\0" in path:
+        raise UsageError(f"{call.route.name}: file is {path!r}, not an absolute path")
+    return path
+
+
+def open_state(path: str) -> tuple[int, DomainConfig]:
+    """An open, whole state file and the configuration in it. Raises KvmappError."""
+    fd = statefile.open_file(path)
+    try:
+        saved = statefile.read(fd, path)
+        return fd, DomainConfig.from_dict(saved.config)
+    except BaseException:
+        os.close(fd)
+        raise

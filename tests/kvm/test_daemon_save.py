@@ -1,0 +1,113 @@
+"""save, restore and managedsave through the daemon, with true guests that count."""
+import os
+import re
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from kvmapp import errors
+from kvmapp.client import of
+from tests.kvm.test_daemon_kvm import KvmHost
+
+COUNTER = "steps=none mode=counter period=20"
+pytestmark = [pytest.mark.kvm, pytest.mark.skipif(os.geteuid() != 0, reason="domain processes change their user: needs root")]
+
+
+@pytest.fixture
+def host():
+    root = tempfile.mkdtemp(prefix="kvmapp-")
+    one = KvmHost(root)
+    try:
+        yield one
+    finally:
+        one.clean_up()
+        shutil.rmtree(root)
+
+
+@pytest.fixture
+def daemon(host):
+    host.guest("a", COUNTER)
+    host.start()
+    with host.client() as client:
+        client.post(of("a", "start"))
+        reach(host, 3)
+        yield client
+
+
+def reach(host, count):
+    deadline = time.monotonic() + 60
+    while len(host.counts("a")) < count:
+        assert time.monotonic() < deadline, host.printed("a")
+        time.sleep(0.02)
+
+
+def goes_on_by_one(host):
+    counts = host.counts("a")
+    return counts == list(range(1, len(counts) + 1))
+
+
+def test_save_and_restore(host, daemon):
+    path = Path(host.root, "a.save")
+    assert daemon.post(of("a", "save"), file=str(path))["domain"]["state"] == "shut off"
+    assert daemon.get(of("a"))["reason"] == "saved"
+    assert path.stat().st_uid == 0
+    assert path.stat().st_mode & 0o777 == 0o600
+    seen = len(host.counts("a"))
+    assert daemon.post("/v1/restore", file=str(path))["domain"]["state"] == "running"
+    reach(host, seen + 3)
+    assert goes_on_by_one(host)
+    with pytest.raises(errors.DomainRunning, match="already active"):
+        daemon.post("/v1/restore", file=str(path))
+
+
+def test_managed_save_is_where_the_next_start_goes_on(host, daemon):
+    assert daemon.get(of("a"))["managed_save"] is False
+    daemon.post(of("a", "managedsave"))
+    assert daemon.get(of("a"))["managed_save"] is True
+    with pytest.raises(errors.KvmappError, match="cannot rename domain with a managed save image"):
+        daemon.post(of("a", "rename"), name="b")
+    seen = len(host.counts("a"))
+    assert daemon.post(of("a", "start"))["domain"]["state"] == "running"
+    reach(host, seen + 3)
+    assert goes_on_by_one(host)
+    assert daemon.get(of("a"))["managed_save"] is False
+
+
+def test_managed_save_given_up(host, daemon):
+    daemon.post(of("a", "managedsave"))
+    assert daemon.post(of("a", "managedsave-remove"))["removed"] is True
+    assert daemon.post(of("a", "managedsave-remove"))["removed"] is False
+    daemon.post(of("a", "start"))
+    reach(host, len(host.counts("a")) + 1)
+    assert host.counts("a")[-1] < len(host.counts("a"))                # it counts from 1 again
+
+
+def test_a_damaged_image_is_not_started_and_says_the_way_out(host, daemon):
+    daemon.post(of("a", "managedsave"))
+    image = next(Path(host.root).rglob("save/a.save"))
+    image.write_bytes(image.read_bytes()[:-10])
+    with pytest.raises(errors.StateError, match="its header says") as refused:
+        daemon.post(of("a", "start"))
+    assert "managedsave-remove a" in refused.value.hint
+    daemon.post(of("a", "start"), force_boot=True)
+    assert not image.exists()
+
+
+def test_a_file_that_cannot_be_written_leaves_the_guest_running(host, daemon):
+    for path, error in (("/no/folder/x", "No such file"), ("/proc/x", "Cannot save to"), ("/dev/full/x", "Not a directory")):
+        with pytest.raises(errors.KvmappError, match=re.escape(error)):
+            daemon.post(of("a", "save"), file=path)
+    seen = len(host.counts("a"))
+    reach(host, seen + 3)
+    assert goes_on_by_one(host)
+    with pytest.raises(errors.UsageError, match="not an absolute path"):
+        daemon.post(of("a", "save"), file="x")
+
+
+def test_what_is_no_saved_state(host, daemon):
+    for path in ("/no/such", "/dev/null", "/etc/passwd", host.root):
+        with pytest.raises(errors.StateError):
+            daemon.post("/v1/restore", file=str(path))
