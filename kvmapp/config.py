@@ -143,6 +143,11 @@ class DomainConfig(FileConfig):
     description: str | None
     memory: int
     current_memory: int | None
+    hugepages: str
+    thp: bool
+    ksm: bool
+    prealloc: bool
+    locked: bool
     vcpus: int
     cpu: str
     acpi: bool

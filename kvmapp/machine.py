@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from kvmapp.config import InterfaceConfig
 
 STATE_VERSION = 1
+HUGE_PAGES = {"no": 0, "2M": 2 << 20, "1G": 1 << 30}
 SERIAL_PLACES = ((PORT_COM1, GSI_COM1), (PORT_COM2, GSI_COM2))
 
 
@@ -288,7 +289,8 @@ class Machine:
         config, kvm = self.config, Kvm()
         if config.vcpus > kvm.most_vcpus:
             raise HostError(f"This host's KVM allows {kvm.most_vcpus} vCPUs, not {config.vcpus}", "lower the domain's vcpus")
-        self.memory = GuestMemory(config.memory)
+        self.memory = GuestMemory(config.memory, mergeable=config.ksm, huge_pages=config.thp, page=HUGE_PAGES[config.hugepages],
+                                  prealloc=config.prealloc, locked=config.locked)
         self.vm = Vm(kvm, self.memory)
         self.topology = Topology(config.vcpus)
         supported = kvm.supported_cpuid()

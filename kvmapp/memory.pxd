@@ -13,7 +13,10 @@ cdef class GuestMemory:
     cdef Region regions[MAX_REGIONS]
     cdef int count
     cdef bint mergeable
-    cdef bint huge_pages
+    cdef bint huge_pages             # transparent ones
+    cdef uint64_t page               # bytes of a page of hugetlbfs; 0: plain memory
+    cdef bint prealloc
+    cdef bint locked
     cdef bint from_file              # parts of it are a saved state's file, mapped privately
 
     cdef uint8_t* translate(self, uint64_t gpa, uint64_t length) noexcept nogil

@@ -6,10 +6,10 @@ touched, and never written back. What it leaves out: regions are placed once, at
 """
 from cpython.buffer cimport PyBUF_WRITE
 from cpython.memoryview cimport PyMemoryView_FromMemory
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memcmp, memcpy, memset
 
 from kvmapp.abi.posix cimport (MADV_DONTDUMP, MADV_DONTNEED, MADV_HUGEPAGE, MADV_MERGEABLE, MAP_ANONYMOUS, MAP_FAILED,
-                               MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, errno, madvise, mmap, munmap)
+                               MAP_FIXED, MAP_HUGETLB, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, errno, madvise, mlock, mmap, munmap)
 
 import os
 
@@ -18,6 +18,7 @@ from kvmapp.layout import HIGH_MEMORY_BASE, LOW_MEMORY_END
 
 cdef enum:
     PAGE_SIZE = 4096
+    MAP_HUGE_SHIFT = 26                                # mmap(2): log2 of the page size goes there
 
 
 class GuestAddressError(ValueError):
@@ -30,11 +31,18 @@ cdef class GuestMemory:
     The mappings live until the object dies; every thread that touches guest memory holds a reference to it.
     """
 
-    def __cinit__(self, uint64_t size, *, bint mergeable=False, bint huge_pages=True):
-        """Maps the memory. Raises ValueError for an odd size, HostError where the host refuses."""
+    def __cinit__(self, uint64_t size, *, bint mergeable=False, bint huge_pages=True, uint64_t page=0, bint prealloc=False,
+                  bint locked=False):
+        """Maps the memory. `mergeable`: for KSM; `huge_pages`: transparent ones; `page`: bytes of the pages of hugetlbfs to take;
+        `prealloc`: all of it now; `locked`: never swapped. Raises ValueError for an odd size, HostError where the host refuses.
+        """
+        self.page, self.prealloc, self.locked = page, prealloc, locked
         self.mergeable, self.huge_pages = mergeable, huge_pages
         if size == 0 or size % PAGE_SIZE:
             raise ValueError(f"guest memory must be a multiple of {PAGE_SIZE} bytes, not {size}")
+        if page and (size % page or LOW_MEMORY_END % page):
+            raise HostError(f"{size >> 10} KiB of guest memory are not made of pages of {page >> 10} KiB",
+                            "make the domain's memory a multiple of that, or take hugepages away")
         cdef uint64_t low = min(size, LOW_MEMORY_END)
         self._map(0, low)
         if size > low:
@@ -69,11 +77,19 @@ cdef class GuestMemory:
         if data.shape[0]:
             memcpy(target, &data[0], data.shape[0])
 
+    @property
+    def is_pageable(self):
+        """Whether its pages may come and go one by one: then a file can be mapped over them."""
+        return not (self.page or self.prealloc or self.locked)
+
     def clear(self):
-        """Gives every page back to the host: the guest reads zeroes, as after a power cycle. Raises HostError."""
+        """Gives every page back to the host, or clears those that are kept: the guest reads zeroes, as after a power cycle. Raises
+        HostError."""
         cdef int i
         for i in range(self.count):
-            if self.from_file:                         # DONTNEED would bring the file's contents back
+            if not self.is_pageable:
+                memset(self.regions[i].hva, 0, self.regions[i].size)
+            elif self.from_file:                         # DONTNEED would bring the file's contents back
                 self._place(&self.regions[i])
             else:
                 madvise(self.regions[i].hva, self.regions[i].size, MADV_DONTNEED)
@@ -162,8 +178,16 @@ cdef class GuestMemory:
 
     cdef int _place(self, Region* region) except -1:
         """Maps fresh zeroes for the region, in the place of what it had."""
-        cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (MAP_FIXED if region.hva != NULL else 0)
+        cdef int flags = MAP_PRIVATE | MAP_ANONYMOUS | (MAP_FIXED if region.hva != NULL else 0)
+        if self.page:                                  # not MAP_NORESERVE: a pool that is too small is to be noticed here
+            flags |= MAP_HUGETLB | ((<object>self.page).bit_length() - 1) << MAP_HUGE_SHIFT
+        else:
+            flags |= MAP_NORESERVE
         cdef void* hva = mmap(region.hva, region.size, PROT_READ | PROT_WRITE, flags, -1, 0)
+        if hva == MAP_FAILED and self.page:
+            raise HostError(f"Cannot allocate {region.size >> 20} MiB of guest memory in huge pages of {self.page >> 10} KiB: "
+                            f"{os.strerror(errno)}",
+                            f"echo N > /sys/kernel/mm/hugepages/hugepages-{self.page >> 10}kB/nr_hugepages makes N of them")
         if hva == MAP_FAILED:
             raise HostError(f"Cannot allocate {region.size >> 20} MiB of guest memory: {os.strerror(errno)}",
                             hint="lower the domain's memory, or see ulimit -v and vm.overcommit_memory")
@@ -174,7 +198,21 @@ cdef class GuestMemory:
             madvise(hva, region.size, MADV_HUGEPAGE)
         if self.mergeable:
             madvise(hva, region.size, MADV_MERGEABLE)
+        if self.locked and mlock(hva, region.size) < 0:
+            raise HostError(f"Cannot lock {region.size >> 20} MiB of guest memory: {os.strerror(errno)}",
+                            "raise the limit (ulimit -l, LimitMEMLOCK=), or take locked away")
+        if self.prealloc:
+            touch(region.hva, region.size)
         return 0
+
+
+cdef void touch(volatile uint8_t* data, uint64_t size) noexcept:
+    """Makes the host give every page of fresh memory now."""
+    cdef uint64_t at = 0
+    with nogil:
+        while at < size:
+            data[at] = 0
+            at += PAGE_SIZE
 
 
 cdef bint is_zero(const uint8_t* data, uint64_t size) noexcept nogil:

@@ -129,6 +129,15 @@ DOMAIN = File(
                 help="The guest's memory; a bare number is in MiB."),
         Setting("current_memory", Size(MIB, 16 * TIB, step=4 * KIB, bare=MIB), live=True, example="512 MiB",
                 help="What the balloon leaves of it to the guest (all of it when absent); needs [balloon]."),
+        Setting("hugepages", Choice("no", "2M", "1G"), "no",
+                help="The guest's memory comes from the host's pool of huge pages of this size (hugetlbfs), which must hold enough "
+                     "of them."),
+        Setting("thp", YES_NO, True,
+                help="Plain memory may be backed by transparent huge pages: fewer TLB misses, but whole 2 MiB for each byte touched."),
+        Setting("ksm", YES_NO, False,
+                help="The host may keep equal pages of its guests once (KSM); it also lets a guest guess at what others hold."),
+        Setting("prealloc", YES_NO, False, help="All memory is taken from the host at the start, not when the guest touches it."),
+        Setting("locked", YES_NO, False, help="The guest's memory is never swapped out."),
         Setting("vcpus", Integer(1, 254), 1, option="--vcpus", help="How many virtual CPUs the guest has."),
         Setting("cpu", Choice("host", "baseline"), "host", option="--cpu",
                 help="What the guest's CPUs can do: host, all that this host's KVM offers; baseline, the level "

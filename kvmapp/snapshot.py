@@ -29,7 +29,8 @@ YEARS = 100 * 365 * 86400 * 10**9                   # more time than this has no
 CPUID_ENTRIES_MOST = 256
 # What of a configuration is the host's side and may be another one at the restore. Everything else the guest has seen.
 HOST_SIDE: dict[str, set[str]] = {
-    "": {"name", "uuid", "title", "description", "current_memory", "cpu", "on_poweroff", "on_reboot", "on_crash", "autostart_order",
+    "": {"name", "uuid", "title", "description", "current_memory", "hugepages", "thp", "ksm", "prealloc",
+         "locked", "cpu", "on_poweroff", "on_reboot", "on_crash", "autostart_order",
          "autostart_delay"},
     "boot": {"kernel", "initrd", "cmdline"},
     "disk": {"source", "cache", "io", "threads"},
@@ -144,9 +145,9 @@ def load_memory(machine: Machine, saved: SavedState) -> None:
         if not any(start <= gpa and gpa + length <= start + size for start, size in memory.ranges):
             raise StateError(f"Saved state '{saved.name}': it has memory at {gpa:#x} (+{length:#x}), which the guest has not")
     for number, (gpa, length, offset) in enumerate(stretches):
-        if number < STRETCHES_MOST:
+        if number < STRETCHES_MOST and memory.is_pageable:
             memory.map_file(saved.fd, gpa, length, offset)
-        else:                                       # more mappings than the kernel may allow
+        else:                                       # more mappings than the kernel may allow, or memory that is to be held now
             read_into(saved, memory.view(gpa, length), offset)
 
 

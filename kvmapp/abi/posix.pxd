@@ -45,6 +45,7 @@ cdef extern from "<sys/mman.h>" nogil:
     void* mmap(void* address, size_t length, int prot, int flags, int fd, off_t offset)
     int munmap(void* address, size_t length)
     int madvise(void* address, size_t length, int advice)
+    int mlock(const void* address, size_t length)
 
 
 cdef extern from *:

@@ -31,7 +31,7 @@ def domain(name: str, id: int | None = None, **more) -> dict:
         "title": None, "vcpus": 2, "memory": 8 << 30, "current_memory": 8 << 30, "pid": 4000 + id if running else None,
         "started": 1.0 if running else None, "job": None, "waiting": None, "file": f"/etc/kvmapp/domains/{name}.conf",
         "outdated": False, "warnings": [],
-        "os_type": "hvm", "cpu_time_ns": 251_700_000_000 if running else None, "resident": None,
+        "os_type": "hvm", "managed_save": False, "cpu_time_ns": 251_700_000_000 if running else None, "resident": None,
         "log": f"/var/log/kvmapp/{name}.log", "control": f"/run/kvmapp/domains/{name}/control.sock" if running else None,
         "disks": [{"name": "vda", "source": f"/data/x{number}.img", "format": "raw", "bus": "virtio", "readonly": False,
                    "type": "file"}],

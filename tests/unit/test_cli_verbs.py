@@ -66,7 +66,7 @@ def test_a_broken_file_and_a_stuck_domain_are_listed(daemon, ctl):
 def test_dominfo(daemon, ctl):
     expected = (f"Id:             1\nName:           linuxvm01\nUUID:           {UUID}1\nOS Type:        hvm\nState:          running\n"
                 "CPU(s):         2\nCPU time:       251.7s\nMax memory:     8388608 KiB\nUsed memory:    8388608 KiB\n"
-                "Persistent:     yes\nAutostart:      disable\n\n")
+                "Persistent:     yes\nAutostart:      disable\nManaged save:   no\n\n")
     assert ctl("dominfo", "linuxvm01") == (0, expected, "")
 
 

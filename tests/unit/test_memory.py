@@ -1,7 +1,12 @@
 """GuestMemory as Python sees it: views are writable, lie on the same RAM as read and write, and end where RAM ends."""
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
-from kvmapp.layout import GIB, HIGH_MEMORY_BASE, LOW_MEMORY_END
+from kvmapp.errors import HostError
+from kvmapp.layout import GIB, HIGH_MEMORY_BASE, LOW_MEMORY_END, MIB
 from kvmapp.memory import GuestAddressError, GuestMemory
 
 SIZE = 1 << 20
@@ -24,3 +29,40 @@ def test_ranges_outside_ram_are_refused(gpa, length):
     memory = GuestMemory(SIZE)
     with pytest.raises(GuestAddressError):
         memory.view(gpa, length)
+
+
+@pytest.mark.parametrize("how", [{"prealloc": True}, {"locked": True}, {"mergeable": True}, {"huge_pages": False}])
+def test_kinds_of_memory_read_zeroes_after_a_clear(how):
+    memory = GuestMemory(4 * MIB, **how)
+    assert memory.is_pageable is not bool({"prealloc", "locked"} & how.keys())
+    memory.write(MIB, b"guest")
+    memory.clear()
+    assert not any(memory.read(0, 4 * MIB))
+
+
+def test_preallocated_memory_is_there_before_it_is_touched():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    before = resident()
+    memory = GuestMemory(32 * MIB, prealloc=True)
+    assert resident() - before > 30 * MIB
+    assert memory.size == 32 * MIB
+
+
+def test_huge_pages_that_are_not_there_are_an_error_that_says_where_to_make_them():
+    with pytest.raises(HostError, match="in huge pages of 1048576 KiB") as refused:
+        GuestMemory(1 << 40, page=1 << 30)
+    assert "hugepages-1048576kB/nr_hugepages" in refused.value.hint
+    with pytest.raises(HostError, match="not made of pages of 2048 KiB"):
+        GuestMemory(3 * MIB, page=2 * MIB)
+
+
+def test_memory_that_may_not_be_locked_is_an_error_with_a_hint():
+    code = ("import ctypes, resource; resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096)); "
+            "ctypes.CDLL(None).prctl(24, 14, 0, 0, 0)\n"                       # PR_CAPBSET_DROP, CAP_IPC_LOCK
+            "import os\nif os.geteuid() == 0: os.setresuid(65534, 65534, 65534)\n"
+            "from kvmapp.memory import GuestMemory\n"
+            "try: GuestMemory(1 << 20, locked=True)\nexcept Exception as error: print(type(error).__name__, error, error.hint)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "HostError Cannot lock 1 MiB of guest memory" in done.stdout, done
+    assert "ulimit -l" in done.stdout
