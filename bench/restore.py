@@ -1,0 +1,133 @@
+"""A saved guest to its first sign of life: `kvmapp run --restore` against QEMU's `-incoming`, the same kernel, initrd and memory.
+
+Method: under each VMM the guest boots, fills part of its memory and then prints without end; it is saved (SIGUSR1; QMP `migrate` to a
+file by cat). Then both are restored in turns; the time is from the start of the process to the first byte on the guest's
+serial port, which is a few instructions after its first. The file lies in the page cache for both.
+    python -m bench restore --kernel FILE --initrd FILE --append WORDS [--memory MIB] [--rounds N] [--peer-cpu MODEL]
+The guest's /init must print --marker without end.
+"""
+import argparse
+import contextlib
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from bench.boot import QBOOT, ROOT, START
+from bench.exits import host
+
+GOAL = 0.1
+
+
+def ours(options, *more) -> list:
+    return [sys.executable, "-S", "-c", START, "run", *more]
+
+
+def peer(options, monitor: Path) -> list:
+    return ["qemu-system-x86_64", "-M", "microvm,rtc=on,ioapic2=off", "-bios", QBOOT, "-enable-kvm", "-cpu", options.peer_cpu, "-m",
+            str(options.memory), "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel",
+            options.kernel, "-initrd", options.initrd, "-append", options.append, "-qmp", f"unix:{monitor},server=on,wait=off"]
+
+
+def start(command: list) -> subprocess.Popen:
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            bufsize=0)
+
+
+def await_marker(process: subprocess.Popen, marker: bytes) -> None:
+    seen = b""
+    while marker not in seen:
+        part = process.stdout.read(65536)
+        if not part:
+            raise SystemExit(f"error: the guest ended before it showed {marker!r}: {seen[-500:]!r} {process.stderr.read()[-500:]!r}")
+        seen += part
+
+
+def save_ours(options, path: Path) -> None:
+    process = start(ours(options, "--kernel", options.kernel, "--initrd", options.initrd, "--append", options.append, "--memory",
+                         str(options.memory), "--save", path))
+    await_marker(process, options.marker.encode())
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=300)
+    if process.returncode != 6:
+        raise SystemExit(f"error: not saved, status {process.returncode}")
+
+
+def save_peer(options, path: Path, monitor: Path) -> None:
+    process = start(peer(options, monitor))
+    await_marker(process, options.marker.encode())
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(monitor))
+        lines = client.makefile("rw")
+        lines.readline()
+        for command in ({"execute": "qmp_capabilities"}, {"execute": "stop"},
+                        {"execute": "migrate-set-parameters", "arguments": {"max-bandwidth": 1 << 40}},
+                        {"execute": "migrate", "arguments": {"uri": f"exec:cat > {path}"}}):
+            ask(lines, command)
+        while ask(lines, {"execute": "query-migrate"}).get("status") not in ("completed", "failed"):
+            time.sleep(0.05)
+    process.kill()
+    process.communicate()
+
+
+def ask(lines, command: dict) -> dict:
+    lines.write(json.dumps(command) + "\n")
+    lines.flush()
+    while True:
+        answer = json.loads(lines.readline())
+        if "error" in answer:
+            raise SystemExit(f"error: QEMU: {answer['error']}")
+        if "return" in answer:
+            return answer["return"]
+
+
+def first_byte(command: list) -> float:
+    began = time.monotonic()
+    process = start(command)
+    part = process.stdout.read(1)
+    seconds = time.monotonic() - began
+    process.kill()
+    rest = process.communicate()
+    if not part:
+        raise SystemExit(f"error: nothing came back: {rest[1][-500:]!r}")
+    return seconds
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="bench restore")
+    for name in ("--kernel", "--initrd", "--append"):
+        parser.add_argument(name)
+    parser.add_argument("--memory", type=int, default=512, metavar="MIB")
+    parser.add_argument("--marker", default="tick")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peer-cpu", default="host", metavar="MODEL")
+    options = parser.parse_args(arguments)
+    if options.kernel is None or shutil.which("qemu-system-x86_64") is None:
+        print("restore: left out\nhint: needs qemu-system-x86_64, and --kernel, --initrd and --append of a guest that prints for ever")
+        return
+    with tempfile.TemporaryDirectory(prefix="kvmapp-bench-") as folder, contextlib.suppress(KeyboardInterrupt):
+        mine, its, monitor = Path(folder, "kvmapp.save"), Path(folder, "qemu.save"), Path(folder, "qmp")
+        save_ours(options, mine)
+        save_peer(options, its, monitor)
+        times: dict[str, list[float]] = {"kvmapp run --restore": [], "QEMU microvm -incoming": []}
+        for _ in range(options.rounds):
+            times["kvmapp run --restore"].append(first_byte(ours(options, "--restore", mine)))
+            times["QEMU microvm -incoming"].append(first_byte([*peer(options, monitor), "-incoming", f"exec:cat {its}"]))
+        show(options, times, mine.stat().st_size, its.stat().st_size)
+
+
+def show(options, times: dict[str, list[float]], mine: int, its: int) -> None:
+    ours = times["kvmapp run --restore"]
+    print(f"\nRestore: a guest of {options.memory} MiB to its first byte on the serial port")
+    print(f"host: {host()}; files of {mine >> 20} and {its >> 20} MiB")
+    print(f"method: medians of {options.rounds} rounds in turns, process start to first byte; goal: ratio <= {GOAL}\n")
+    print(f"{'VMM':<24}{'seconds':>10}{'least':>10}{'kvmapp / it':>14}")
+    for name, seconds in times.items():
+        ratio = median(mine / its for mine, its in zip(ours, seconds, strict=True))
+        print(f"{name:<24}{median(seconds):>10.3f}{min(seconds):>10.3f}{ratio:>14.3f}")
