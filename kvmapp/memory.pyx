@@ -9,7 +9,8 @@ from cpython.memoryview cimport PyMemoryView_FromMemory
 from libc.string cimport memcmp, memcpy, memset
 
 from kvmapp.abi.posix cimport (MADV_DONTDUMP, MADV_DONTNEED, MADV_HUGEPAGE, MADV_MERGEABLE, MAP_ANONYMOUS, MAP_FAILED,
-                               MAP_FIXED, MAP_HUGETLB, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, errno, madvise, mlock, mmap, munmap)
+                               MAP_FIXED, MAP_HUGETLB,
+                               MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, errno, madvise, mlock, mmap, munmap)
 
 import os
 
