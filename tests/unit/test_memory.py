@@ -58,10 +58,10 @@ def test_huge_pages_that_are_not_there_are_an_error_that_says_where_to_make_them
 
 
 def test_memory_that_may_not_be_locked_is_an_error_with_a_hint():
-    code = ("import ctypes, resource; resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096)); "
+    code = ("from kvmapp.memory import GuestMemory\n"                                          # while its file may be read
+            "import ctypes, resource; resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096)); "
             "ctypes.CDLL(None).prctl(24, 14, 0, 0, 0)\n"                       # PR_CAPBSET_DROP, CAP_IPC_LOCK
             "import os\nif os.geteuid() == 0: os.setresuid(65534, 65534, 65534)\n"
-            "from kvmapp.memory import GuestMemory\n"
             "try: GuestMemory(1 << 20, locked=True)\nexcept Exception as error: print(type(error).__name__, error, error.hint)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "HostError Cannot lock 1 MiB of guest memory" in done.stdout, done
