@@ -41,7 +41,7 @@ def test_complaint():
         "jobs[0].since is 'now', not number"
     assert shapes.complaint(shape, {"name": "x", "jobs": []}) == "state is missing"
     assert shapes.complaint(shape, {"name": True, "state": "a", "jobs": []}) == "name is True, not string"
-    assert shapes.complaint(shapes.START, {"pause": True}) == "pause is not known here (known: paused)"
+    assert shapes.complaint(shapes.START, {"pause": True}) == "pause is not known here (known: paused, force_boot)"
     assert shapes.complaint(shapes.SHUTDOWN, {"mode": "agent"}) == "mode is 'agent', not one of acpi"
     assert shapes.complaint(shapes.whole(), True) == "it is True, not integer"
     assert shapes.complaint(shapes.maybe(shapes.ref("Job")), None) is None
