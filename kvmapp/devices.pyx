@@ -409,7 +409,7 @@ cdef class MsiLine:
 
 class PowerEvent:
     """devices.pxd's numbers. An enum's import would cost every start of a guest some milliseconds."""
-    RUNNING, POWER_OFF, RESET, CRASH, DEBUG_EXIT = range(5)
+    RUNNING, POWER_OFF, RESET, CRASH, DEBUG_EXIT, PANIC, CRASH_KERNEL, WATCHDOG = range(8)
 
 
 cdef class Power:
