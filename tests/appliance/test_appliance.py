@@ -121,7 +121,7 @@ def test_what_it_tells(host):
     assert "\nacpi = yes\n" in dumped                                           # though nobody wrote it
     told = host.says("kvmappctl dominfo web").splitlines()
     assert [line.split(":")[0] for line in told] == ["Id", "Name", "UUID", "OS Type", "State", "CPU(s)", "CPU time", "Max memory",
-                                                     "Used memory", "Persistent", "Autostart"]
+                                                     "Used memory", "Persistent", "Autostart", "Managed save"]
     assert f"UUID:           {uuid}" in told and "Max memory:     131072 KiB" in told and "Autostart:      disable" in told
     told = host.says("kvmappctl nodeinfo").splitlines()
     assert [line.split(":")[0] for line in told] == ["CPU model", "CPU(s)", "CPU frequency", "CPU socket(s)", "Core(s) per socket",

@@ -125,7 +125,7 @@ def test_vnet(host):
 def test_dominfo_and_nodeinfo(host):
     told = host.says("kvmappctl dominfo linuxvm02").splitlines()
     assert [line.split(":")[0] for line in told] == ["Id", "Name", "UUID", "OS Type", "State", "CPU(s)", "CPU time", "Max memory",
-                                                     "Used memory", "Persistent", "Autostart"]
+                                                     "Used memory", "Persistent", "Autostart", "Managed save"]
     told = host.says("kvmappctl nodeinfo").splitlines()
     assert [line.split(":")[0] for line in told] == ["CPU model", "CPU(s)", "CPU frequency", "CPU socket(s)", "Core(s) per socket",
                                                      "Thread(s) per core", "NUMA cell(s)", "Memory size"]
