@@ -14,6 +14,7 @@ those that a reset does not take back. A device that the host's side talks to se
 """
 import contextlib
 import os
+import select
 import socket
 import struct
 import tempfile
@@ -277,6 +278,7 @@ def virtio_console(board):
     driver.start(size=16)
     driver.queues[1].post(readable=[bytes(20)])
     driver.queues[1].kick()
+    assert select.select([backend.fd], [], [], 10)[0]       # the thread has sent what there is room for
     device.resize(132, 50)
     driver.await_vector(0)
 
