@@ -23,8 +23,8 @@ kernel = /lab/vmlinuz
 initrd = {initrd}
 cmdline = console=ttyS0 panic=-1 quiet {append}
 [interface 0]
-type = network
-source = default
+type = {source[0]}
+source = {source[1]}
 mac = {mac}
 {card}[serial 0]
 """
@@ -82,9 +82,9 @@ def outside():
 def start(tmp_path):
     guests = []
 
-    def start_one(name, mac, append, initrd="/lab/initramfs.gz", more="", card=""):
+    def start_one(name, mac, append, initrd="/lab/initramfs.gz", more="", card="", source=("network", "default")):
         path = tmp_path / f"{name}.conf"
-        path.write_text(DOMAIN.format(name=name, mac=mac, initrd=initrd, append=append, card=card) + more)
+        path.write_text(DOMAIN.format(name=name, mac=mac, initrd=initrd, append=append, card=card, source=source) + more)
         ctl("define", str(path))
         guests.append(Guest(["kvmappctl", "start", name, "--console"]))
         return guests[-1]
@@ -128,6 +128,76 @@ def test_stock_guests_on_the_default_network(daemon, outside, start, root_disk):
     ctl("net-destroy", "default")
     after = traces()
     assert after == before
+
+
+def test_stock_guests_on_the_hosts_bridge(daemon, outside, start, root_disk):
+    ctl("iface-bridge", "eth0", "br0")
+    ctl("iface-bridge", "--confirm")
+    before = traces()
+    source = ("bridge", "br0")
+    bob = start("bob", "52:54:00:00:00:02", "net=203.0.113.12/24 shell=ttyS0", source=source)
+    bob.expect("GUEST UP", BOOT_SECONDS)
+    bob.expect("# ")
+    ann = start("ann", "52:54:00:00:00:01", "root=/dev/vda", "/lab/initrd.gz", f"[disk vda]\nsource = {root_disk}\n", source=source)
+    ann.log_in()
+    ann.run("ip link set $(ls /sys/class/net | grep ^e) up; ip address add 203.0.113.11/24 dev $(ls /sys/class/net | grep ^e)")
+    for address in ("203.0.113.12", "203.0.113.2", "203.0.113.1"):      # the other guest, the host, the outside
+        assert " 0% packet loss" in ann.run(f"ping -c 3 -i 0.2 {address}")
+    for address in ("203.0.113.11", "203.0.113.2", "203.0.113.1"):
+        assert " 0% packet loss" in bob.run(f"ping -c 3 {address}")
+    assert "0% packet loss" in outside("ping", "-c", "2", "203.0.113.11")
+    assert "203.0.113.12" in ctl("domifaddr", "bob", "--source", "arp")
+    shown = host("ip", "-o", "link", "show", "master", "br0")
+    assert "vnet0" in shown and "vnet1" in shown and "link/ether fe:54:00:00:00:02" in shown
+    for name in ("ann", "bob"):
+        ctl("destroy", name)
+    assert traces() == before
+    ctl("iface-unbridge", "br0")
+    ctl("iface-bridge", "--confirm")
+
+
+def test_a_spoofing_stock_guest_is_contained_and_its_card_obeys(daemon, outside, start):
+    """It tries what its root may: a second address, another MAC; then the host plugs its cable and limits its rates."""
+    before = traces()
+    ctl("net-start", "default")
+    guest = start("eve", "52:54:00:00:00:01", "net=dhcp shell=ttyS0", card="filter = clean-traffic\n")
+    guest.expect("GUEST UP", BOOT_SECONDS)
+    guest.expect("# ")
+    assert " 0% packet loss" in guest.run("ping -c 2 192.168.122.1")
+    assert "table netdev kvmapp-vnet0" in host("nft", "list", "ruleset")
+    guest.run("ip address add 192.168.122.99/24 dev eth0")
+    assert "100% packet loss" in guest.run("ping -c 2 -W 2 -I 192.168.122.99 192.168.122.1; true")
+    assert "192.168.122.99" not in host("ip", "neighbour")
+    assert " 0% packet loss" in guest.run("ping -c 2 192.168.122.1")
+    guest.run("ip link set eth0 down; ip link set eth0 address 52:54:00:00:00:99; ip link set eth0 up")
+    assert "100% packet loss" in guest.run("ping -c 2 -W 2 192.168.122.1; true")
+    guest.run("ip link set eth0 down; ip link set eth0 address 52:54:00:00:00:01; ip link set eth0 up")
+    assert " 0% packet loss" in guest.run("ping -c 2 192.168.122.1")
+
+    assert ctl("domif-setlink", "eve", "vnet0", "down") == "Device updated successfully\n\n"
+    await_carrier(guest, 0)
+    assert ctl("domif-getlink", "eve", "vnet0") == "vnet0 down\n\n"
+    ctl("domif-setlink", "eve", "vnet0", "up")
+    await_carrier(guest, 1)
+    ctl("domiftune", "eve", "vnet0", "--inbound", "1000,2000,512", "--outbound", "500")
+    assert "inbound.average: 1000\n" in ctl("domiftune", "eve", "vnet0")
+    assert "rate 8Mbit ceil 16Mbit" in host("tc", "class", "show", "dev", "vnet0")
+
+    ctl("attach-interface", "eve", "network", "default", "--mac", "52:54:00:00:00:05", "--live")
+    guest.run("for try in $(seq 100); do [ -e /sys/class/net/eth1 ] && break; usleep 100000; done; cat /sys/class/net/eth1/address")
+    assert "52:54:00:00:00:05" in ctl("domiflist", "eve") and "vnet1" in host("ip", "link")
+    ctl("detach-interface", "eve", "network", "--mac", "52:54:00:00:00:05", "--live")
+    assert "52:54:00:00:00:05" not in ctl("domiflist", "eve") and "vnet1" not in host("ip", "link")
+    guest.run("[ ! -e /sys/class/net/eth1 ]")
+    ctl("destroy", "eve")
+    ctl("net-destroy", "default")
+    assert traces() == before
+
+
+def await_carrier(guest, wanted):
+    """The card's interrupt is on its way when the verb returns."""
+    guest.run(f"for try in $(seq 100); do [ $(cat /sys/class/net/eth0/carrier) = {wanted} ] && break; usleep 100000; done; "
+              f"[ $(cat /sys/class/net/eth0/carrier) = {wanted} ]")
 
 
 def test_user_mode_needs_no_privileges(outside, lab):
