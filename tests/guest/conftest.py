@@ -105,6 +105,18 @@ def root_disk(lab: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
+def nested_paging() -> Iterator[None]:
+    """The lab's KVM with nested paging for this test: without (tests/lab/README.md), four vCPUs of a whole distribution take minutes
+    to boot. To be made before the guests, and so gone after them."""
+    if not NESTED_LAB.is_dir():
+        yield
+        return
+    subprocess.run("modprobe -r kvm-amd && modprobe kvm-amd npt=1", shell=True, check=True)
+    yield
+    subprocess.run("modprobe -r kvm-amd && modprobe kvm-amd", shell=True, check=True)
+
+
+@pytest.fixture
 def tap():
     """A tap with the address 10.77.0.1 on the host's side."""
     name = f"guest{os.getpid()}"
