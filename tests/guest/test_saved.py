@@ -85,7 +85,7 @@ class Worker:
                          "ip address add 10.77.0.2/24 dev $card; ip link set $card up")
         for load in ("disk", f"net {address} {PORT}"):
             name = load.split()[0]
-            self.console.run(f"{{ (/root/{load} >/run/{name}.log 2>&1 </dev/null; echo $? >/run/{name}.end) & }}")
+            self.console.run(f": >/run/{name}.log; {{ (/root/{load} >>/run/{name}.log 2>&1 </dev/null; echo $? >/run/{name}.end) & }}")
 
     def end_loads(self) -> None:
         """Returns when both have found everything in order."""
