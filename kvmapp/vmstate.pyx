@@ -69,7 +69,8 @@ cpdef list msr_indexes(int kvm_fd):
 cpdef dict save_vcpu(int fd, list indexes):
     """One paused vCPU's state. Raises HostError."""
     state = {"version": VCPU_VERSION}
-    for name, get, _, size in BEFORE_MSRS + AFTER_MSRS:
+    # mp_state first: the question makes KVM act on an INIT or SIPI that has come, and that changes the registers.
+    for name, get, _, size in AFTER_MSRS[::-1] + BEFORE_MSRS:
         state[name] = get_block(fd, name, get, size)
     state["msrs"] = get_msrs(fd, indexes)
     state["tsc_khz"] = tsc_khz(fd)

@@ -23,6 +23,14 @@ COUNT = b"\xff\x05\x00\x30\x00\x00\xeb\xf8"         # inc dword [0x3000]; jmp
 COUNT_PORT = b"\xe6\x80" + b"\xff\x05\x00\x30\x00\x00\xeb\xf6"  # out 0x80, al; inc dword [0x3000]; jmp
 
 
+WAKE_NEIGHBOUR = (b"\xc7\x05\xf0\x00\xe0\xfe\xff\x01\x00\x00"  # mov dword [0xfee000f0], 0x1ff: enables the own APIC
+                  b"\xc7\x05\x10\x03\xe0\xfe\x00\x00\x00\x01"  # mov dword [0xfee00310], 1 << 24: to APIC 1
+                  b"\xc7\x05\x00\x03\xe0\xfe\x00\x45\x00\x00"  # mov dword [0xfee00300], 0x4500: INIT
+                  b"\xc7\x05\x00\x03\xe0\xfe\x02\x46\x00\x00"  # mov dword [0xfee00300], 0x4602: start-up at 0x2000
+                  + COUNT)
+SAY_HELLO = b"\xc6\x06\x04\x30\x07" + SPIN           # real mode: mov byte [0x3004], 7
+
+
 class Entry:
     mode, rip, rsp = "protected", CODE, 0x8000
     rax = rbx = rcx = rdx = rsi = rdi = cr3 = gdt_base = gdt_limit = 0
@@ -124,6 +132,21 @@ def test_state_is_saved_in_bytes_and_numbers(make_vm):
     state = vm.save()
     assert len(state["vcpus"]) == 2
     assert len(state["vcpus"][0]["lapic"]) == 1024
+
+
+def test_a_vcpu_that_was_woken_and_has_not_run_since_is_saved_awake(make_vm):
+    vm = make_vm(WAKE_NEIGHBOUR, vcpus=2)
+    sleeper = vm.vcpus.pop()                        # its thread does not start
+    vm.resume()
+    wait_until(lambda: counter(vm))
+    vm.pause()
+    vm.vcpus.append(sleeper)
+    state = vm.save()
+    other = make_vm(SPIN, vcpus=2)
+    other.memory.write(0x2000, SAY_HELLO)
+    other.restore(state)
+    other.resume()
+    wait_until(lambda: other.memory.read(0x3004, 1) == b"\x07")
 
 
 def thread_names():
