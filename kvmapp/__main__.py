@@ -105,7 +105,7 @@ def run(words: list[str]) -> int:
     else:
         from kvmapp.config import config_from_options
         config = config_from_options(pairs, files[0] if files else None)
-    return foreground.run(config, foreground.Extras(extras.get("--save"), saved))
+    return foreground.run(config, foreground.Extras(extras.get("--save"), saved, "--timing" in extras))
 
 
 def entry() -> None:

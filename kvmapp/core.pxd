@@ -1,3 +1,4 @@
+cimport cython
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmapp.abi.kvm cimport kvm_run
@@ -53,11 +54,17 @@ cdef class Vcpu:
     cdef int native                  # the kernel's number of the thread, 0 before it runs
     cdef uint64_t exits[EXIT_REASONS]
     cdef int failure                 # errno of a KVM_RUN that failed for good
+    cdef readonly uint64_t first_entry, first_exit       # of the thread, CLOCK_MONOTONIC in ns; 0 before
 
     cdef void run(self) noexcept nogil
     cdef void loop(self) noexcept nogil
     cdef bint gate(self) noexcept nogil
+    cdef bint enter_first(self) noexcept nogil
     cdef void enter(self) noexcept nogil
+
+    @cython.final
+    cdef bint handle_exit(self, int result) noexcept nogil
+
     cdef void handle_io(self) noexcept nogil
     cdef void handle_mmio(self) noexcept nogil
     cdef void handle_rare(self, uint32_t reason) noexcept nogil

@@ -12,6 +12,7 @@ step for each exit. It leaves KVM_RUN for the gate when it is kicked (signal and
 reset or the like (Power). Control methods (resume, pause, reset, close) belong to one control thread.
 Left out: nested virtualization state, KVM_EXIT_HLT (the irqchip is in the kernel), SMM.
 """
+cimport cython
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport uint16_t
 from libc.stdio cimport snprintf
@@ -31,6 +32,7 @@ from kvmapp.abi.posix cimport (EAGAIN, EINTR, MAP_FAILED, MAP_SHARED, PROT_READ,
                                pthread_sigmask, sigaction, sigaction_t, sigaddset, sigemptyset, sigfillset, sigset_t)
 from kvmapp.coalesced cimport CoalescedRing
 from kvmapp.devices cimport CRASH, POWER_OFF, RESET
+from kvmapp.iothread cimport monotonic_ns
 from kvmapp.irqchip cimport KvmInterrupts
 from kvmapp.vmstate cimport msr_indexes, restore_vcpu, restore_vm, save_vcpu, save_vm, tell_stopped
 
@@ -438,7 +440,8 @@ cdef class Vcpu:
         self.running = True
         pthread_mutex_unlock(&self.vm.lock)
         while self.gate():
-            self.enter()
+            if self.first_entry or self.enter_first():
+                self.enter()
         pthread_mutex_lock(&self.vm.lock)
         self.running = False
         pthread_mutex_unlock(&self.vm.lock)
@@ -461,27 +464,41 @@ cdef class Vcpu:
         pthread_mutex_unlock(&self.vm.lock)
         return go
 
+    cdef bint enter_first(self) noexcept nogil:
+        """The thread's first KVM_RUN, with the time before and after it: here, so that no later exit has to ask."""
+        cdef int result
+        self.first_entry = monotonic_ns()
+        result = ioctl(self.fd, KVM_RUN, 0)
+        self.first_exit = monotonic_ns()
+        return self.handle_exit(result)
+
     cdef void enter(self) noexcept nogil:
         """Runs the guest until it is kicked or asks for an event. With immediate_exit set, KVM_RUN only completes the access
         that the last exit began, so nothing is half done when this returns."""
+        while self.vm.wanted != STOP and self.handle_exit(ioctl(self.fd, KVM_RUN, 0)):
+            pass
+
+    @cython.final
+    cdef bint handle_exit(self, int result) noexcept nogil:
+        """What KVM_RUN came back for; False when the thread is to go to the gate."""
         cdef uint32_t reason
-        while self.vm.wanted != STOP:
-            if ioctl(self.fd, KVM_RUN, 0) < 0:
-                if errno != EINTR and errno != EAGAIN:
-                    self.failure = errno
-                    self.power.request(CRASH, KVM_EXIT_INTERNAL_ERROR)
-                return
-            self.coalesced.drain()
-            reason = self.shared.exit_reason
-            if reason == KVM_EXIT_IO:
-                self.handle_io()
-            elif reason == KVM_EXIT_MMIO:
-                self.handle_mmio()
-            else:
-                self.handle_rare(reason)
-            self.exits[reason if reason < EXIT_REASONS else EXIT_REASONS - 1] += 1
-            if self.power.pending():
-                self.shared.immediate_exit = 1
+        if result < 0:
+            if errno != EINTR and errno != EAGAIN:
+                self.failure = errno
+                self.power.request(CRASH, KVM_EXIT_INTERNAL_ERROR)
+            return False
+        self.coalesced.drain()
+        reason = self.shared.exit_reason
+        if reason == KVM_EXIT_IO:
+            self.handle_io()
+        elif reason == KVM_EXIT_MMIO:
+            self.handle_mmio()
+        else:
+            self.handle_rare(reason)
+        self.exits[reason if reason < EXIT_REASONS else EXIT_REASONS - 1] += 1
+        if self.power.pending():
+            self.shared.immediate_exit = 1
+        return True
 
     cdef void handle_io(self) noexcept nogil:
         """IN and OUT, and their string forms (`count` items one after the other)."""

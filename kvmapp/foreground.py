@@ -19,16 +19,25 @@ from kvmapp.vmprocess import Domain, Log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmapp.statefile import SavedState
+    from kvmapp.timing import Timing
 
 
 class Extras:
     """What `kvmapp run` does beside running the domain."""
-    __slots__ = ("restore", "save")
+    __slots__ = ("restore", "save", "timing")
 
-    def __init__(self, save: str | None = None, restore: "SavedState | None" = None):
+    def __init__(self, save: str | None = None, restore: "SavedState | None" = None, timing: bool = False):
         self.save = save                                # where SIGUSR1 saves to
         self.restore = restore                          # go on from this state
+        self.timing = start_timing() if timing else None
+
+
+def start_timing() -> "Timing":
+    from kvmapp.timing import Timing
+    return Timing()
 
 
 def run(config, extras: Extras | None = None) -> int:
@@ -36,8 +45,8 @@ def run(config, extras: Extras | None = None) -> int:
     extras = extras or Extras()
     uses_terminal = any(device.type == "stdio" for device in (*config.serials, *config.consoles)) and terminal.is_terminal()
     if uses_terminal:
-        return terminal.guarded(lambda: report(lambda: run_here(config, uses_terminal, extras)))
-    return run_here(config, uses_terminal, extras)
+        return terminal.guarded(lambda: report(lambda: run_and_tell(config, uses_terminal, extras)))
+    return run_and_tell(config, uses_terminal, extras)
 
 
 def open_saved(path: str) -> "SavedState":
@@ -52,9 +61,20 @@ def report(work) -> int:
     return guarded_main(work)
 
 
+def run_and_tell(config, uses_terminal: bool, extras: Extras) -> int:
+    status = run_here(config, uses_terminal, extras)
+    if extras.timing:
+        sys.stderr.write(extras.timing.table())         # the terminal is as it was again
+    return status
+
+
 def run_here(config, uses_terminal: bool, extras: Extras) -> int:
-    loop, log = Loop(), Log(2)
-    domain = Domain(config, machine_for(config, extras, log), loop, log)
+    loop, log = Loop(), extras.timing.hearing(Log(2)) if extras.timing else Log(2)
+    machine = machine_for(config, extras, log)
+    domain = Domain(config, machine, loop, log)
+    if extras.timing:
+        extras.timing.mark("machine built")
+        domain.mark = extras.timing.mark
     for name, backend, device in domain.machine.characters:
         domain.ports[name] = ConsolePort(loop, name, backend, open_sink(device), open_log(device), leave_key(domain, uses_terminal))
     handle_signals(domain, extras)
@@ -66,7 +86,7 @@ def run_here(config, uses_terminal: bool, extras: Extras) -> int:
         return live(domain, extras)
 
 
-def machine_for(config, extras: Extras, log: Log) -> Machine:
+def machine_for(config, extras: Extras, log: "Callable[[str], None]") -> Machine:
     if extras.restore is None:
         return Machine(config)
     from kvmapp.snapshot import restore
@@ -77,6 +97,8 @@ def live(domain: Domain, extras: Extras) -> int:
     try:
         domain.start(restored=extras.restore is not None)
         domain.loop.run()
+        if extras.timing:
+            extras.timing.end(domain.machine)
     finally:
         domain.close()
     assert domain.ending

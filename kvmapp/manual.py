@@ -8,7 +8,7 @@ import os
 
 from kvmapp import __version__, install
 from kvmapp.daemon.main import make_parser as make_daemon_parser
-from kvmapp.options import run_options
+from kvmapp.options import RUN_EXTRAS, run_options
 from kvmapp.samples import roff
 
 TYPE_CHECKING = False
@@ -52,6 +52,8 @@ def manual() -> str:
              roff("[WORDS OF kvmappctl]"), ".SH DESCRIPTION", roff(ABOUT), ".SH RUN", roff(RUN)]
     for option in run_options().values():
         lines += entry(f"{option.flag} {option.metavar}".rstrip(), option.help)
+    for flag, metavar, text in RUN_EXTRAS:
+        lines += entry(f"{flag} {metavar}".rstrip(), text)
     lines += [".PP", "Its exit status tells how the guest ended:"]
     for status, meaning in RUN_STATUSES:
         lines += entry(status, meaning)

@@ -44,6 +44,8 @@ SUBOPTIONS = {"disk": "PATH[,KEY=VALUE...]", "interface": "tap=NAME|bridge=NAME|
 RUN_EXTRAS = (
     ("--save", "FILE", "SIGUSR1 saves the guest, memory and all, to FILE and ends it (exit status 6)."),
     ("--restore", "FILE", "Goes on from a saved state, with the configuration it was saved with unless another one is given."),
+    ("--timing", "", "Shows at the end, on standard error, when the machine was built, its kernel loaded, and the guest entered; with "
+     "--debug-console also when the guest wrote a line `timing: NAME` to port 0x402."),
 )
 # The first word of --net: which key the rest of it is.
 NET_TYPES = {"tap": "target", "bridge": "source", "network": "source", "user": ""}

@@ -60,6 +60,7 @@ class Domain(DeviceVerbs):
         self.reboot_asked = False
         self.saving: Saving | None = None
         self.saved_from = self.state, self.reason       # what the domain goes back to when the saving fails
+        self.mark: Callable[[str], None] | None = None  # hears of the points of a start
         self.debug_port = LogPort(loop, machine.debug_console, log) if machine.debug_console else None
 
     # The life cycle.
@@ -72,6 +73,8 @@ class Domain(DeviceVerbs):
             self.loop.watch(self.machine.hotplug.fd, self.device_ejected)
         if not restored:
             self.machine.boot()
+            if self.mark:
+                self.mark("kernel loaded")
         if paused:
             self.change("paused", "user")
             return

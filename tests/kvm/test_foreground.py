@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvmapp.probe import IMAGE
+from tests.unit.boot_images import MIB, elf, pvh_note
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = [sys.executable, "-m", "kvmapp", "run"]
@@ -195,3 +196,33 @@ def test_a_guest_restarts_in_place():
     finally:
         process.send_signal(signal.SIGQUIT)
         assert process.wait(30) == 5
+
+
+def test_timing_is_a_table_in_order():
+    done = run("--kernel", IMAGE, "--append", "steps=none end=poweroff", "--memory", "32MiB", "--timing")
+    assert done.returncode == 0, done.stderr
+    _, *lines = done.stderr[done.stderr.index("timing, in ms"):].splitlines()
+    names = [line.split(maxsplit=2)[2] for line in lines]
+    assert names == ["process started", "options read", "machine built", "kernel loaded", "first vCPU enters the guest", "first exit",
+                     "end"]
+    times = [float(line.split()[0]) for line in lines]
+    assert times == sorted(times) and times[0] == 0 and 0 < times[-1] < 60_000
+    assert sum(float(line.split()[1]) for line in lines) == pytest.approx(times[-1], abs=1)
+
+
+def test_a_guest_marks_its_own_points(tmp_path):
+    text = b"timing: half way\n"
+    code = (b"\xbe" + (MIB + 64).to_bytes(4, "little") + b"\xb9" + len(text).to_bytes(4, "little")    # mov esi, text; mov ecx, length
+            + b"\x66\xba\x02\x04\xf3\x6e"           # mov dx, 0x402; rep outsb
+            + b"\xb0\x07\xe6\xf4")                   # mov al, 7; out 0xf4, al
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(elf(segments=((MIB, MIB, code.ljust(64) + text, 4096),), notes=pvh_note(MIB)))
+    done = run("--kernel", kernel, "--memory", "32MiB", "--debug-console", "--debug-exit", "--timing")
+    assert done.returncode == 15, done.stderr
+    assert "debug: timing: half way" in done.stderr
+    names = [line.split(maxsplit=2)[2] for line in done.stderr[done.stderr.index("timing, in ms"):].splitlines()[1:]]
+    assert names[-3:] == ["first exit", "guest: half way", "end"]
+
+
+def test_timing_is_not_shown_unasked():
+    assert "timing" not in run("--kernel", IMAGE, "--append", "steps=none end=poweroff", "--memory", "32MiB").stderr
