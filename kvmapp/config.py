@@ -306,6 +306,8 @@ def check_interfaces(config: DomainConfig, origin: Origin) -> None:
             origin.fail(heading, "queues", f"'{interface.queues}': an interface of type user has one pair of queues")
         if kind == "user" and interface.vhost == "yes":
             origin.fail(heading, "vhost", "'yes': an interface of type user has no tap that vhost could serve")
+        if interface.model != "virtio":
+            check_model(config, interface, origin)
         if kind != "user" and interface.forwards:
             origin.fail(heading, "forwards", f"{interface.forwards[0]!r}: only an interface of type user has forwards",
                         "in a virtual network: kvmappctl net-update NETWORK add forward")
@@ -315,6 +317,17 @@ def check_interfaces(config: DomainConfig, origin: Origin) -> None:
             other = seen.setdefault(value, interface) if value is not None else interface
             if other is not interface:
                 origin.fail(heading, key, f"{value!r}: [{other.heading}] has it already")
+
+
+def check_model(config: DomainConfig, interface: InterfaceConfig, origin: Origin) -> None:
+    """What only virtio cards have."""
+    heading, model = interface.heading, interface.model
+    if config.machine == "microvm":
+        origin.fail(heading, "model", f"'{model}': is a PCI card, and a microvm has no PCI bus", "set machine = pc, or model = virtio")
+    if interface.queues > 1:
+        origin.fail(heading, "queues", f"'{interface.queues}': an interface of model {model} has one pair of queues", "set model = virtio")
+    if interface.vhost == "yes":
+        origin.fail(heading, "vhost", f"'yes': vhost cannot serve an interface of model {model}", "set model = virtio, or vhost = no")
 
 
 def check_port(interface: InterfaceConfig, origin: Origin) -> None:

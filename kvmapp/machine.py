@@ -416,12 +416,22 @@ class Machine:
         self.devices.append(card)
         self.cards[device.name] = card
 
+    def _insert_card(self, card) -> None:
+        """A PCI card that is a device of its own."""
+        assert isinstance(self.slots, PciSlots)                  # config.py sees to it
+        self.slots.attach(card)
+        self.devices.append(card)
+        self.cards[card.name] = card
+
     def _plug_interface(self, interface: "InterfaceConfig", files: dict[str, int]) -> str:
         """A network card with threads of its own; its name."""
         from kvmapp.netcards import make_device
         device, threads = make_device(interface, files, self.memory)
         try:
-            self._insert(device)
+            if interface.model == "virtio":
+                self._insert(device)
+            else:
+                self._insert_card(device)
         except BaseException:
             device.close()
             for thread in threads:
@@ -447,6 +457,7 @@ class Machine:
 def preload_devices() -> None:
     """Imports what a machine imports when its configuration asks for it; for a process that will make many machines."""
     import kvmapp.block.opening
+    import kvmapp.hw.e1000
     import kvmapp.hw.i6300esb
     import kvmapp.hw.pvpanic
     import kvmapp.net.tap

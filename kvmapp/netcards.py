@@ -10,6 +10,7 @@ from kvmapp.iothread import IoThread
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvmapp.config import InterfaceConfig
+    from kvmapp.hw.e1000 import E1000
     from kvmapp.net.backend import NetBackend
     from kvmapp.virtio.net import VirtioNet
 
@@ -25,29 +26,48 @@ def file_name(interface: "InterfaceConfig", pair: int = 0, kind: str = "interfac
     return f"{kind}:{interface.index}" + (f".{pair}" if pair else "")
 
 
-def make_device(interface: "InterfaceConfig", files: dict[str, int], memory) -> "tuple[VirtioNet, list[IoThread]]":
+def make_device(interface: "InterfaceConfig", files: dict[str, int], memory) -> "tuple[VirtioNet | E1000, list[IoThread]]":
     """The card, not in a slot yet, and the threads that do its I/O, one a pair of queues, which do not run yet. Raises KvmappError.
 
     What it uses of `files` is taken out.
     """
-    from kvmapp.virtio.net import VirtioNet
     threads: list[IoThread] = []
     backends: list[NetBackend] = []
     try:
         open_backends(interface, files, backends)
-        device = VirtioNet(card_name(interface), memory, backends, bytes.fromhex(interface.mac.replace(":", "")),
-                           mtu=interface.mtu or 0, link=interface.link == "up", vhost=open_vhost(interface, files))
         for pair in range(interface.queues):
             threads.append(IoThread(f"net {interface.index}" + (f".{pair}" if interface.queues > 1 else "")))
-            device.run_on(threads[pair], [2 * pair, 2 * pair + 1])
-        device.run_on(threads[0], [2 * interface.queues])            # the control queue
+        make = make_e1000 if interface.model == "e1000" else make_virtio
+        return make(interface, files, memory, backends, threads), threads
     except BaseException:
         for thread in threads:
             thread.close()
         for backend in backends:
             backend.close()
         raise
-    return device, threads
+
+
+def make_virtio(interface: "InterfaceConfig", files: dict[str, int], memory, backends: list, threads: list[IoThread]) -> "VirtioNet":
+    from kvmapp.virtio.net import VirtioNet
+    device = VirtioNet(card_name(interface), memory, backends, mac_bytes(interface), mtu=interface.mtu or 0,
+                       link=interface.link == "up", vhost=open_vhost(interface, files))
+    for pair, thread in enumerate(threads):
+        device.run_on(thread, [2 * pair, 2 * pair + 1])
+    device.run_on(threads[0], [2 * interface.queues])                # the control queue
+    return device
+
+
+def make_e1000(interface: "InterfaceConfig", files: dict[str, int], memory, backends: list, threads: list[IoThread]) -> "E1000":
+    from kvmapp.hw.e1000 import E1000
+    for fd in open_vhost(interface, files):                          # `vhost = auto` has no say here
+        os.close(fd)
+    device = E1000(card_name(interface), memory, backends[0], mac_bytes(interface), link=interface.link == "up")
+    device.run_on(threads[0])
+    return device
+
+
+def mac_bytes(interface: "InterfaceConfig") -> bytes:
+    return bytes.fromhex(interface.mac.replace(":", ""))
 
 
 def open_backends(interface: "InterfaceConfig", files: dict[str, int], backends: "list[NetBackend]") -> None:

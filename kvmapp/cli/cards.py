@@ -17,7 +17,7 @@ RATE = "AVERAGE[,PEAK[,BURST]], in kilobytes a second and kilobytes; 0 is no lim
 @verb("attach-interface", "give a domain one more network card", domain(),
       argument("type", "bridge, network or user", choices=("bridge", "network", "user")),
       value("source", "the bridge or the network"), value("target", "the tap's name on the host; vnetN when left out"),
-      value("mac", "its MAC address; made when left out"), value("model", "virtio"),
+      value("mac", "its MAC address; made when left out"), value("model", "virtio or e1000"),
       value("inbound", f"how much goes to the guest: {RATE}", named=True),
       value("outbound", f"how much goes from the guest: {RATE}", named=True), PERSISTENT, *SCOPE,
       text="A running guest is told of the card through ACPI, and has it at once. For attach-interface DOMAIN user, leave the source out.",

@@ -28,6 +28,8 @@ from kvmapp.hw.acpi_pm import AcpiPm
 from kvmapp.hw.cmos_rtc import CmosRtc
 from kvmapp.hw.debug_exit import DebugExit
 from kvmapp.hw.debug_port import DebugPort
+from kvmapp.hw.e1000 import E1000
+from kvmapp.hw.e1000_chip import E1000Chip
 from kvmapp.hw.i6300esb import I6300Esb
 from kvmapp.hw.i8042 import I8042
 from kvmapp.hw.ns16550 import Ns16550
@@ -221,6 +223,33 @@ def i6300esb(board):
     store(board.mmio, 4, (bar + 12, 0x80), (bar + 12, 0x86), (bar, 5), (bar + 12, 0x80), (bar + 12, 0x86), (bar + 4, 6))
     store(board.mmio, 4, (bar + 12, 0x80), (bar + 12, 0x86))
     store(board.mmio, 1, (config + 0x60, 3), (config + 0x68, 7))
+
+
+@profile(E1000, E1000Chip, still={"intx", "pending"}, kept={"link"})
+def e1000(board):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    theirs.setblocking(False)
+    device = E1000("net0", board.memory, FrameDescriptor(fd=ours.detach()), b"RTVXYZ")
+    device.run_on(board.thread)
+    board.cards.append(device)
+    board.host.attach(SLOT, device)
+    board.host.assign_resources()
+    device.resume()
+    board.stimulus = lambda data: (exchange(theirs, bytes(12) + data), device.set_link(not data.startswith(b"down")))
+    yield device
+    config, bar, ports = PCI_ECAM_BASE + (SLOT << 15), *(device.mapped_bars()[index] for index in (0, 1))
+    store(board.mmio, 1, (config + 4, 7), (config + 0x3C, 5))
+    store(board.pio, 4, (ports, 0x2820), (ports + 4, 7))
+    ring, data = 1 << 20, 2 << 20
+    board.memory.write(ring, struct.pack("<QIIQII", 7, 0x2400_0000, 0x7777_7777, data, 60 | 0x2410_0000, 0x300))
+    store(board.mmio, 4, (bar + 0x3800, ring), (bar + 0x3808, 128), (bar + 0x400, 2), (bar + 0x20, 0x0424_0000 | 1 << 21 | 9))
+    store(board.mmio, 4, (bar + 0x10, 2), (bar + 0x10, 7), (bar + 0x10, 6))
+    store(board.mmio, 4, *[(bar + 0x10, pins) for bit in (1, 0, 0, 0, 0, 1, 1, 0) for pins in (2 | 4 * bit, 3 | 4 * bit)])
+    store(board.mmio, 4, *[(bar + 0x10, pins) for _ in range(5) for pins in (2, 3)])
+    store(board.mmio, 4, (bar + 0x3818, 2))
+    board.settle()
+    device.set_link(False)
+    theirs.close()
 
 
 @profile(VirtioRng, VirtioPci, VirtioDevice, still=VIRTIO_STILL)

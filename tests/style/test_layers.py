@@ -19,7 +19,7 @@ FLOORS = {
     "chardev": {"abi"},
     "block": {"abi", "memory", "devices", "iothread"},
     "net": {"abi", "memory", "devices", "iothread"},
-    "hw": {"abi", "memory", "devices", "iothread", "chardev"},
+    "hw": {"abi", "memory", "devices", "iothread", "chardev", "net"},
     "virtio": {"abi", "memory", "devices", "iothread", "chardev", "hw", "block", "net"},
     "boot": {"abi", "memory"},
     "slots": {"abi", "memory", "devices", "core", "hw", "virtio"},
