@@ -57,10 +57,8 @@ def make_virtio(interface: "InterfaceConfig", files: dict[str, int], memory, bac
     return device
 
 
-def make_e1000(interface: "InterfaceConfig", files: dict[str, int], memory, backends: list, threads: list[IoThread]) -> "E1000":
+def make_e1000(interface: "InterfaceConfig", _files: dict[str, int], memory, backends: list, threads: list[IoThread]) -> "E1000":
     from kvmapp.hw.e1000 import E1000
-    for fd in open_vhost(interface, files):                          # `vhost = auto` has no say here
-        os.close(fd)
     device = E1000(card_name(interface), memory, backends[0], mac_bytes(interface), link=interface.link == "up")
     device.run_on(threads[0])
     return device

@@ -124,10 +124,11 @@ def existing_tap(interface: InterfaceConfig) -> Tap:
 
 
 def open_vhost(interface: InterfaceConfig) -> list[int]:
-    """/dev/vhost-net, once a queue; none where the domain's file does not want it, or the host has not got it."""
+    """/dev/vhost-net, once a queue; none where the domain's file does not want it, the card is not
+    virtio, or the host has not got it."""
     fds: list[int] = []
     try:
-        while interface.vhost != "no" and len(fds) < interface.queues:
+        while interface.vhost != "no" and interface.model == "virtio" and len(fds) < interface.queues:
             fds.append(os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         for fd in fds:

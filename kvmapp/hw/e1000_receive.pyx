@@ -102,7 +102,7 @@ cdef class Receiver:
 
     cdef bint is_wanted(self, const uint8_t* frame, bint is_tagged, uint32_t vlan) noexcept nogil:
         cdef uint32_t control = self.chip.registers[RCTL >> 2], i, hash
-        cdef uint32_t shift = (0x0234 >> 4 * (3 - (control >> 12 & 3))) & 15       # by MO: 4, 3, 2, 0
+        cdef uint32_t shift = (0x0234 >> 4 * (control >> 12 & 3)) & 15       # by MO: 4, 3, 2, 0
         if is_tagged and control & RCTL_VLAN_FILTER and not self.chip.registers[(VFTA >> 2) + (vlan >> 5)] >> (vlan & 31) & 1:
             return False
         if is_group(frame):

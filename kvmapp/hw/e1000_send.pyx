@@ -10,8 +10,6 @@ from kvmapp.hw.e1000_chip cimport *
 from kvmapp.hw.e1000_frames cimport *
 from kvmapp.net.backend cimport LARGEST_FRAME
 
-from kvmapp.state import StateReader
-
 
 cdef class Sender:
     def __cinit__(self, E1000Chip chip not None):

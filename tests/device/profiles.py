@@ -235,7 +235,12 @@ def e1000(board):
     board.host.attach(SLOT, device)
     board.host.assign_resources()
     device.resume()
-    board.stimulus = lambda data: (exchange(theirs, bytes(12) + data), device.set_link(not data.startswith(b"down")))
+
+    def stimulus(data):
+        exchange(theirs, bytes(12) + data)
+        device.set_link(data[:1] != b"\xFF")
+
+    board.stimulus = stimulus
     yield device
     config, bar, ports = PCI_ECAM_BASE + (SLOT << 15), *(device.mapped_bars()[index] for index in (0, 1))
     store(board.mmio, 1, (config + 4, 7), (config + 0x3C, 5))

@@ -33,7 +33,7 @@ class Machine:
     vcpus: int = 1
     acpi: bool = True
     disks: list[str] = field(default_factory=list)       # PATH[,readonly=on][,serial=S]
-    taps: list[str] = field(default_factory=list)        # NAME[,mac=M]
+    taps: list[str] = field(default_factory=list)        # NAME[,mac=M][,model=e1000]
     rng: bool = False
     console: bool = False                                # the terminal is hvc0 instead of ttyS0
     options: list[str] = field(default_factory=list)     # more of `kvmapp run`, which the peer does not have
@@ -186,9 +186,11 @@ def _qemu_command(machine: Machine) -> list[str]:
         command += ["-drive", f"file={path},format=raw,if=none,id=disk{number},discard=unmap{readonly}",
                     "-device", f"virtio-blk-pci,drive=disk{number}{serial}"]
     for number, tap in enumerate(machine.taps):
-        name, _, mac = tap.partition(",")
+        name, *words = tap.split(",")
+        mac = next((word for word in words if word.startswith("mac=")), "")
+        card = "e1000" if "model=e1000" in words else "virtio-net-pci"
         command += ["-netdev", f"tap,id=net{number},ifname={name},script=no,downscript=no",
-                    "-device", f"virtio-net-pci,netdev=net{number}" + (f",{mac}" if mac else "")]
+                    "-device", f"{card},netdev=net{number}" + (f",{mac}" if mac else "")]
     if machine.rng:
         command += ["-device", "virtio-rng-pci"]
     if machine.console:

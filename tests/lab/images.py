@@ -27,7 +27,7 @@ HOST_MODULES = ["kvm-amd", "tun", "bridge", "br_netfilter", "veth", "dummy", "vh
                 "virtio_console", "virtio_rng"]
 GUEST_MODULES = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "virtio_balloon", "autofs4",
                  "button", "evdev"]
-DRIVER_MODULES = ["pvpanic-mmio", "i6300esb"]            # of the amd64 kernel, the only ones of a second guest in an initramfs
+DRIVER_MODULES = ["pvpanic-mmio", "i6300esb", "e1000"]   # of the amd64 kernel, the only ones of a second guest in an initramfs
 SOCKET_MODULES = ["vmw_vsock_virtio_transport"]          # loaded beside ROOT_MODULES by a second initrd
 MASKED_UNITS = ["apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer",
                 "e2scrub_reap.service", "fstrim.timer", "getty@.service", "modprobe@.service", "systemd-binfmt.service",

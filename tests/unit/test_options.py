@@ -46,11 +46,12 @@ def test_disks():
 
 def test_networks():
     config = config_of("--net", "tap=t0,mac=52:54:00:00:00:07", "--net", "bridge=br0", "--net", "network=default",
-                       "--net", "user,mtu=1400")
+                       "--net", "user,mtu=1400,model=e1000")
     assert [(one.type, one.source, one.target) for one in config.interfaces] == [
         ("tap", None, "t0"), ("bridge", "br0", None), ("network", "default", None), ("user", None, None)]
     assert config.interfaces[0].mac == "52:54:00:00:00:07"
     assert config.interfaces[3].mtu == 1400
+    assert [one.model for one in config.interfaces] == ["virtio", "virtio", "virtio", "e1000"]
 
 
 def test_console_takes_the_terminal_from_the_serial_port():
