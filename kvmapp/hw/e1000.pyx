@@ -16,7 +16,11 @@ from libc.string cimport memcpy, memset
 
 from kvmapp.abi.epoll cimport EPOLLET
 from kvmapp.abi.posix cimport atomic_load_u32, atomic_store_u32, pthread_mutex_lock, pthread_mutex_unlock
-from kvmapp.hw.e1000_chip cimport *
+from kvmapp.hw.e1000_chip cimport (BITS, CTRL, CTRL_DEFAULT, CTRL_PHY_RESET, CTRL_RESET, EECD, EERD, ICR, IMC, IO_ADDRESS_BITS,
+                                   IO_BAR, IO_DATA, IO_SIZE, IO_WINDOW, LSC, MDAC, MDIC, MDIC_DATA, MDIC_ERROR, MDIC_INTERRUPT,
+                                   MDIC_READ, MDIC_READY, MDIC_WRITE, MEMORY_BAR, PBA, PHY_ADDRESS, RAH_VALID, RAL, RCTL, RDT,
+                                   REGISTERS, STATISTICS, STATISTICS_END, STATUS, STATUS_ALWAYS, STATUS_LINK, TCTL, TDT, VET,
+                                   E1000Chip)
 from kvmapp.hw.e1000_frames cimport ADDRESS
 from kvmapp.hw.e1000_receive cimport Receiver
 from kvmapp.hw.e1000_rom cimport (COMMAND_BITS, PHY_REGISTERS, ROM_WORDS, Microwire, microwire_drive, microwire_pins, microwire_reset,

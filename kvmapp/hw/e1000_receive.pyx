@@ -8,8 +8,14 @@ from libc.string cimport memcmp, memcpy, memmove, memset
 
 from kvmapp.abi.epoll cimport EPOLLET, EPOLLIN
 from kvmapp.abi.posix cimport EAGAIN, atomic_store_u32, iovec, pthread_mutex_lock, pthread_mutex_unlock
-from kvmapp.hw.e1000_chip cimport *
-from kvmapp.hw.e1000_frames cimport *
+from kvmapp.hw.e1000_chip cimport (BATCH, BPRC, CRC, CTRL, CTRL_VLAN, DESCRIPTOR, DONE, FRAME_LEAST, FRAME_MOST, GORC, GPRC,
+                                   LONG_FRAME_MOST, MPC, MPRC, MTA, PRC64, RAH_VALID, RAL, RCTL, RCTL_ALL_GROUPS, RCTL_ALL_UNICAST,
+                                   RCTL_BROADCAST, RCTL_ENABLED, RCTL_LARGE_BUFFERS, RCTL_LONG, RCTL_STRIP_CRC, RCTL_VLAN_FILTER,
+                                   RDBAL, RECEIVE_ADDRESSES, RNBC, ROC, RXCSUM, RXCSUM_TRANSPORT, RXDMT0, RXO, RXT0, RX_END,
+                                   RX_ERROR, RX_NO_SUMS, RX_TAGGED, RX_TRANSPORT_GOOD, TOR, TPR, VET, VFTA, VLAN_ID, E1000Chip,
+                                   Ring)
+from kvmapp.hw.e1000_frames cimport (ADDRESS, ETHERNET_HEADER, HEADER_DATA_VALID, VLAN_TAG, get16, group_hash, is_broadcast,
+                                     is_group)
 from kvmapp.iothread cimport EventSource
 from kvmapp.net.backend cimport NET_HEADER
 

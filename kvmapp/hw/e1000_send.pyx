@@ -6,8 +6,13 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from kvmapp.abi.posix cimport atomic_store_u32, iovec
-from kvmapp.hw.e1000_chip cimport *
-from kvmapp.hw.e1000_frames cimport *
+from kvmapp.hw.e1000_chip cimport (BATCH, BPTC, CRC, CTRL, CTRL_VLAN, DESCRIPTOR, DONE, GOTC, GPTC, LONG_FRAME_MOST, MPTC, PTC64,
+                                   TCTL, TCTL_ENABLED, TDBAL, TOT, TPT, TSCTC, TXDW, TXQE, TX_END, TX_EXTENDED, TX_IP_SUM,
+                                   TX_REPORT, TX_SUM, TX_TAGGED, TX_TRANSPORT_SUM, TYPE_CONTEXT, TYPE_DATA, VET, Descriptor,
+                                   E1000Chip, Ring)
+from kvmapp.hw.e1000_frames cimport (ETHERNET_HEADER, GSO_TCP4, GSO_TCP6, HEADER_NEEDS_SUM, TUCMD_IP4, TUCMD_TCP, TUCMD_TSE,
+                                     VLAN_TAG, Context, NetHeader, can_segment, fit_headers, insert_tag, is_broadcast, is_group,
+                                     number_segment, put_sum)
 from kvmapp.net.backend cimport LARGEST_FRAME
 
 
@@ -149,9 +154,10 @@ cdef class Sender:
         if self.chip.backend.has_offloads:
             fit_headers(frame, length, context, flags & TX_IP_SUM)
             header.flags = HEADER_NEEDS_SUM
-            header.gso_type = GSO_TCP4 if context.command >> 24 & TUCMD_IP4 else GSO_TCP6
-            header.header_length = headers
-            header.gso_size = context.segment
+            if length - headers > context.segment:       # what fits one segment is none of several to the kernel
+                header.gso_type = GSO_TCP4 if context.command >> 24 & TUCMD_IP4 else GSO_TCP6
+                header.header_length = headers
+                header.gso_size = context.segment
             header.sum_start = context.transport_start
             header.sum_offset = context.transport_place - context.transport_start
             self.send(header, frame, length, tagged, tag)
