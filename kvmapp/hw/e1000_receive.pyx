@@ -58,9 +58,9 @@ cdef class Receiver:
             vector[0].iov_base, vector[0].iov_len = &self.header, NET_HEADER
             vector[1].iov_base, vector[1].iov_len = self.frame, LONG_FRAME_MOST + 1
             length = self.chip.backend.receive(vector, 2) - NET_HEADER
-            if length < -NET_HEADER:
+            if length <= -NET_HEADER:                # nothing at all: the other end has gone
                 length += NET_HEADER
-                if length != -EAGAIN:
+                if length and length != -EAGAIN:
                     self.chip.report_host(b"no frames from the host", 0, <int>-length)
                 self.watch_frames(length == -EAGAIN)
                 break
