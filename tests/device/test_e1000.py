@@ -350,11 +350,12 @@ def tap():
     name = f"e1000-{os.getpid()}"
     subprocess.run(["ip", "tuntap", "add", name, "mode", "tap", "vnet_hdr"], check=True)
     try:
+        backend = Tap(name)                              # first: one that comes up without a carrier loses frames for a while
         subprocess.run(["ip", "link", "set", name, "up"], check=True)
         with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800)) as host:
             host.bind((name, 0x0800))
             host.settimeout(20)
-            yield Tap(name), host
+            yield backend, host
     finally:
         subprocess.run(["ip", "link", "delete", name], check=True)
 
