@@ -29,7 +29,7 @@ def echo(tap):
 
 
 def test_linux_uses_its_driver(boot, lab, echo):
-    guest = boot(kernel=lab / "vmlinuz-amd64", initrd=lab / "initramfs-amd64.gz", taps=[f"{echo},mac=52:54:00:7f:0d:cb,model=e1000"],
+    guest = boot(kernel=lab / "vmlinux-amd64", initrd=lab / "initramfs-amd64.gz", taps=[f"{echo},mac=52:54:00:7f:0d:cb,model=e1000"],
                  append="console=ttyS0 panic=-1 quiet net=10.77.0.2/24 shell=ttyS0")
     guest.expect("GUEST UP", BOOT_SECONDS)
     guest.expect("# ")
