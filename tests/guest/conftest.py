@@ -1,8 +1,6 @@
 """Guest tests boot stock Linux under `kvmapp run`; place.py decides where, this file gives them their guests."""
 import json
 import os
-import shutil
-import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Generator, Iterator
@@ -16,7 +14,6 @@ from tests.guest.place import REPORTS, VMM, LabRun, hardware_virtualization
 
 HERE = Path(__file__).parent
 NESTED_LAB = Path("/lab")
-ETC = Path("/etc/kvmapp")
 GUESTS = pytest.StashKey[list[Guest]]()
 LAB_RUN = pytest.StashKey[LabRun]()
 
@@ -129,23 +126,6 @@ def tap():
         yield name
     finally:
         subprocess.run(["ip", "link", "delete", name], check=False)
-
-
-@pytest.fixture
-def installed_daemon() -> Iterator[None]:
-    """The daemon on a host of its own, the lab, with no domain in /etc/kvmapp; those that run at the end are destroyed."""
-    if not NESTED_LAB.is_dir():
-        pytest.skip("needs a host of its own: the lab")
-    shutil.rmtree(ETC, ignore_errors=True)
-    ETC.mkdir()
-    (ETC / "guest.conf").write_text("user = nobody\ngroup = nogroup\n")
-    (ETC / "kvmapp.conf").write_text("unix_sock_group = daemon\n")
-    subprocess.run(["kvmapp", "daemon", "--background"], check=True, timeout=60)
-    yield
-    running = subprocess.run(["kvmappctl", "list", "--name"], capture_output=True, text=True, check=False).stdout
-    for name in running.split():
-        subprocess.run(["kvmappctl", "destroy", name], check=False, capture_output=True)
-    os.kill(int(Path("/run/kvmapp/kvmapp.pid").read_text()), signal.SIGTERM)
 
 
 class _ReportWriter:

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -230,13 +229,3 @@ def test_user_mode_needs_no_privileges(outside, lab):
     finally:
         print(guest.console)
         guest.kill()
-
-
-def test_the_cards_tests_that_want_a_whole_kernel():
-    """Those of tests/network that a kernel without VLANs on bridges, dummy devices or police actions skips."""
-    if not NESTED_LAB:
-        pytest.skip("needs a host of its own: the lab")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/network/test_cards.py",
-                           "tests/network/test_host_interfaces.py"], cwd=CHECKOUT, capture_output=True, text=True, timeout=900, check=False)
-    print(done.stdout[-20000:])
-    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout
