@@ -16,20 +16,17 @@ def content_of(disk, path):
     return subprocess.run(["debugfs", "-R", f"cat {path}", disk], stdout=subprocess.PIPE, check=True).stdout
 
 
-@pytest.mark.parametrize(("append", "end"), [
-    ("", "poweroff"),
-    ("acpi=off", "reboot"),                              # without ACPI there is nothing that could switch it off
+@pytest.mark.parametrize(("append", "vcpus", "end"), [
+    ("", 1, "poweroff"),
+    ("", 4, "power button"),
+    ("acpi=off", 1, "reboot"),                           # without ACPI there is nothing that could switch it off
 ])
-def test_login_work_and_a_clean_end(debian, root_disk, append, end):
-    log_in_work_and_end(debian(append), root_disk, 1, end)
+def test_login_work_and_a_clean_end(debian, root_disk, append, vcpus, end):
+    log_in_work_and_end(debian(append, vcpus=vcpus), root_disk, vcpus, end)
 
 
-@pytest.mark.parametrize(("kernel", "append", "end"), [
-    ("vmlinuz", "", "power button"),
-    ("vmlinux-amd64", "acpi=off", "reboot"),             # this kernel reads MP tables
-])
-def test_login_work_and_a_clean_end_of_four_vcpus(nested_paging, debian, root_disk, lab, kernel, append, end):
-    log_in_work_and_end(debian(append, vcpus=4, kernel=lab / kernel), root_disk, 4, end)
+def test_four_vcpus_of_an_mp_table(nested_paging, debian, root_disk, lab):
+    log_in_work_and_end(debian("acpi=off", vcpus=4, kernel=lab / "vmlinux-amd64"), root_disk, 4, "reboot")
 
 
 def log_in_work_and_end(guest, root_disk, vcpus, end):
@@ -49,7 +46,7 @@ def log_in_work_and_end(guest, root_disk, vcpus, end):
     assert hashlib.sha256(content_of(root_disk, "/root/data")).hexdigest() == digest
 
 
-def test_reboot_finds_the_disk_as_it_was_left(nested_paging, debian, root_disk):
+def test_reboot_finds_the_disk_as_it_was_left(debian, root_disk):
     guest = debian(vcpus=2, reboots=True)
     guest.log_in()
     guest.run("echo before >/root/told")
