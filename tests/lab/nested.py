@@ -22,8 +22,8 @@ from tests.lab.images import Images
 
 BOOT_TIMEOUT = 240
 PORTS = ("control", "out", "err")
-# Emulated nested paging now and then takes the first fetch after #VMEXIT for the guest's (seen with QEMU 7.2 and 10.0): the VMCB
-# then holds the host's registers, and the guest, or the host, resets by a triple fault or spins. Shadow paging does without.
+# With the emulator's nested paging a guest now and then resets by a triple fault, or spins with the host's registers in its VMCB
+# (README.md). Shadow paging does without.
 NO_NESTED_PAGES = "kvm_amd.npt=0"
 
 
