@@ -12,7 +12,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -198,3 +201,24 @@ def _qemu_command(machine: Machine) -> list[str]:
     else:
         command += ["-serial", "chardev:terminal"]
     return command if machine.reboots else [*command, "-no-reboot"]
+
+
+@contextmanager
+def echo_server(address: str) -> Iterator[None]:
+    """A TCP server of the host's, on port 7, that sends everything back when the other end has said all."""
+    with socket.create_server((address, 7)) as server:
+        def serve() -> None:
+            while True:
+                try:
+                    client = server.accept()[0]
+                except OSError:
+                    return
+                with client:
+                    parts = []
+                    while part := client.recv(1 << 16):
+                        parts.append(part)
+                    client.sendall(b"".join(parts))
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield
+        server.shutdown(socket.SHUT_RDWR)

@@ -1,31 +1,13 @@
 """Stock Linux drives the 82540EM: its own e1000 reads the EEPROM, negotiates the link, and carries TCP both ways."""
-import socket
-import threading
-
 import pytest
 
-from tests.guest.guest import BOOT_SECONDS
+from tests.guest.guest import BOOT_SECONDS, echo_server
 
 
 @pytest.fixture
 def echo(tap):
-    """A TCP server of the host's that sends everything back."""
-    with socket.create_server(("10.77.0.1", 7)) as server:
-        def serve():
-            while True:
-                try:
-                    client = server.accept()[0]
-                except OSError:
-                    return
-                with client:
-                    parts = []
-                    while part := client.recv(1 << 16):
-                        parts.append(part)
-                    client.sendall(b"".join(parts))
-
-        threading.Thread(target=serve, daemon=True).start()
+    with echo_server("10.77.0.1"):
         yield tap
-        server.shutdown(socket.SHUT_RDWR)
 
 
 def test_linux_uses_its_driver(boot, lab, echo):

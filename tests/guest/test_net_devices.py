@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import threading
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 
 from kvmapp.config import InterfaceConfig
 from kvmapp.daemon.taps import open_tap
-from tests.guest.guest import BOOT_SECONDS, Guest
+from tests.guest.guest import BOOT_SECONDS, Guest, echo_server
 
 ETC = Path("/etc/kvmapp")
 CONTROL = "/run/kvmapp/domains/web/control.sock"
@@ -153,23 +152,8 @@ def test_cables_and_cards_of_a_running_guest(start):
 
 @pytest.fixture
 def echo():
-    """A TCP server of the host's that sends everything back."""
-    with socket.create_server(("10.9.0.1", 7)) as server:
-        def serve():
-            while True:
-                try:
-                    client = server.accept()[0]
-                except OSError:
-                    return
-                with client:
-                    parts = []
-                    while part := client.recv(1 << 16):
-                        parts.append(part)
-                    client.sendall(b"".join(parts))
-
-        threading.Thread(target=serve, daemon=True).start()
+    with echo_server("10.9.0.1"):
         yield
-        server.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize("vhost", ["yes", "no"])

@@ -27,8 +27,7 @@ HOST_MODULES = ["kvm-amd", "tun", "bridge", "br_netfilter", "veth", "dummy", "vh
                 "virtio_console", "virtio_rng"]
 GUEST_MODULES = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "virtio_balloon", "autofs4",
                  "button", "evdev"]
-DRIVER_MODULES = ["pvpanic-mmio", "i6300esb", "e1000"]   # of the amd64 kernel, the only ones of a second guest in an initramfs
-SOCKET_MODULES = ["vmw_vsock_virtio_transport"]          # loaded beside ROOT_MODULES by a second initrd
+DRIVER_MODULES = ["e1000"]                                # of the amd64 kernel, the only ones of a second guest in an initramfs
 MASKED_UNITS = ["apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer",
                 "e2scrub_reap.service", "fstrim.timer", "getty@.service", "modprobe@.service", "systemd-binfmt.service",
                 "systemd-firstboot.service", "systemd-machine-id-commit.service", "systemd-network-generator.service",
@@ -174,15 +173,14 @@ def _guests(amd64: Kernel, cloud: Kernel) -> Path:
         (folder / "initramfs.gz").write_bytes(initramfs.archive(entries))
         entries = _initrd(root / "busybox", init, amd64.modules(DRIVER_MODULES))
         (folder / "initramfs-amd64.gz").write_bytes(initramfs.archive(entries))
-        for name, kernel, modules in (("initrd.gz", cloud, ROOT_MODULES), ("initrd-amd64.gz", amd64, ROOT_MODULES),
-                                      ("initrd-vsock.gz", cloud, [*ROOT_MODULES, *SOCKET_MODULES])):
-            entries = _initrd(root / "busybox", initrd_init, kernel.modules(modules))
+        for name, kernel in (("initrd.gz", cloud), ("initrd-amd64.gz", amd64)):
+            entries = _initrd(root / "busybox", initrd_init, kernel.modules(ROOT_MODULES))
             (folder / name).write_bytes(initramfs.archive(entries))
         for name, file in (("vmlinuz", cloud.folder / "vmlinuz"), ("vmlinuz-amd64", amd64.folder / "vmlinuz"),
                            ("vmlinux-amd64", amd64.folder / "vmlinux"), ("root.img", root / "root.img")):
             (folder / name).hardlink_to(file)
 
-    return artifact("guests", [root.name, amd64.folder.name, *ROOT_MODULES, *DRIVER_MODULES, *SOCKET_MODULES, build, _initrd,
+    return artifact("guests", [root.name, amd64.folder.name, *ROOT_MODULES, *DRIVER_MODULES, build, _initrd,
                                Path(initramfs.__file__), *scripts], build)
 
 
