@@ -15,8 +15,8 @@ CACHE=${KVMAPP_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/kvmapp}
 DEB_PACKAGES="gcc libc6-dev linux-libc-dev python3-dev python3-venv liburing-dev libslirp-dev binutils acpica-tools dmidecode"
 RPM_PACKAGES="gcc glibc-devel kernel-headers python3-devel liburing-devel libslirp-devel binutils dmidecode"
 # What only the tests use: hosts in network namespaces, virsh as the judge of layouts.
-DEB_TEST_PACKAGES="busybox-static iproute2 nftables dnsmasq-base e2fsprogs procps libvirt-clients shellcheck"
-RPM_TEST_PACKAGES="busybox iproute nftables dnsmasq e2fsprogs procps-ng libvirt-client ShellCheck"
+DEB_TEST_PACKAGES="busybox-static iproute2 nftables iptables dnsmasq-base e2fsprogs procps libvirt-clients shellcheck"
+RPM_TEST_PACKAGES="busybox iproute nftables iptables dnsmasq e2fsprogs procps-ng libvirt-client ShellCheck"
 # What makes the one file.
 DEB_DIST_PACKAGES="patchelf zstd libzstd-dev"
 RPM_DIST_PACKAGES="patchelf zstd libzstd-static glibc-static"
@@ -134,7 +134,7 @@ CONF
     show kvmappctl dominfo counter
     printf "$ ps -eo user,pid,rss,args | grep 'kvmapp: counter'\n"
     ps -eo user,pid,rss,args | grep '[k]vmapp: counter'
-    show kvmappctl domstats --vcpu counter
+    show kvmappctl domstats --cpu-total --vm counter
     show kvmappctl suspend counter
     show kvmappctl resume counter
     show kvmappctl destroy counter

@@ -42,7 +42,7 @@ for module in ("Cython.Compiler.Errors", "Cython.Compiler.Nodes", "Cython.Compil
 
 def extension(path: Path) -> Extension:
     name = ".".join(path.with_suffix("").parts)
-    return Extension(name, [str(path)], extra_compile_args=["-O2", "-g1", "-Wall", "-Wno-unused-function", "-fno-plt"])
+    return Extension(name, [str(path)], extra_compile_args=["-O2", "-g1", "-Wall", "-Wno-unused-function"])
 
 
 def build_probe() -> None:

@@ -16,9 +16,11 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
+from bench.exits import in_turns
 from kvmapp.block.raw import RawDisk
 
 HERE = Path(__file__).parent
@@ -96,18 +98,11 @@ def measure(folder: Path, rounds: int, seconds: float):
         os.fsync(file.fileno())
     for row in ROWS:
         path.read_bytes()                            # into the page cache: rows without it throw it out
-        ours, peer = [], []
-        for turn in range(rounds):
-            if turn % 2:
-                peer.append(run_plain_c(program, path, row, seconds))
-            ours.append(run_ours(load, path, row, seconds))
-            if not turn % 2:
-                peer.append(run_plain_c(program, path, row, seconds))
-        yield row, ours, peer
+        yield row, *in_turns(rounds, partial(run_ours, load, path, row, seconds), partial(run_plain_c, program, path, row, seconds))
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="bench block", description="what a disk request costs, against fio")
+    parser = argparse.ArgumentParser(prog="bench block", description="what a disk request costs, against plain C")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.1, help="length of one run")
     parser.add_argument("--folder", default=".", help="where the disk lies: its file system is what is measured")

@@ -2,6 +2,7 @@
  * The peer of bench/exits.py: the least a VMM can be. One vCPU, a KVM_RUN loop with a switch, one register behind one port and
  * behind one address. Usage: exits CODE LOOP COUNT; prints the nanoseconds of wall clock and of CPU time that the loop took.
  */
+#include <errno.h>
 #include <fcntl.h>
 #include <linux/kvm.h>
 #include <stdint.h>
@@ -90,7 +91,10 @@ static void set_cpuid(int kvm, int vcpu)
 static void run(int vcpu, struct kvm_run *shared)
 {
     for (;;) {
-        must(ioctl(vcpu, KVM_RUN, 0), "KVM_RUN");
+        int result;
+        while ((result = ioctl(vcpu, KVM_RUN, 0)) < 0 && errno == EINTR)        /* of a stop and a continuation */
+            ;
+        must(result, "KVM_RUN");
         switch (shared->exit_reason) {
         case KVM_EXIT_IO:
             if (shared->io.port != PORT)

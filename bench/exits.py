@@ -11,9 +11,12 @@ import argparse
 import select
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 from kvmapp.core import Kvm, Vm
 from kvmapp.devices import Device
@@ -23,6 +26,7 @@ HERE = Path(__file__).parent
 LOOPS = ["port write", "port read", "MMIO write", "MMIO read"]
 CODE, ZEROES, PORT, ADDRESS = 0x1000, 0x2000, 0x80, 0xC000_0000              # as in exits.c
 GOAL = 1.05
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -100,15 +104,21 @@ def measure(rounds: int, seconds: float) -> list[tuple[str, int, list[Sample], l
     guest = code.read_bytes()
     for loop, name in enumerate(LOOPS):
         count = max(1000, int(seconds * 1e9 / run_plain_c(vmm, code, loop, 1000).cpu))
-        ours, plain = [], []
-        for turn in range(rounds):
-            if turn % 2:
-                plain.append(run_plain_c(vmm, code, loop, count))
-            ours.append(run_kvmapp(guest, loop, count))
-            if not turn % 2:
-                plain.append(run_plain_c(vmm, code, loop, count))
+        ours, plain = in_turns(rounds, partial(run_kvmapp, guest, loop, count), partial(run_plain_c, vmm, code, loop, count))
         rows.append((name, count, ours, plain))
     return rows
+
+
+def in_turns(rounds: int, ours: Callable[[], T], peer: Callable[[], T]) -> tuple[list[T], list[T]]:
+    """What each gave in so many rounds; the peer is first in every second one."""
+    mine, its = [], []
+    for turn in range(rounds):
+        if turn % 2:
+            its.append(peer())
+        mine.append(ours())
+        if not turn % 2:
+            its.append(peer())
+    return mine, its
 
 
 def main(arguments: list[str]) -> None:

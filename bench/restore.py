@@ -6,33 +6,28 @@ serial port, which is a few instructions after its first. The file lies in the p
     python -m bench restore --kernel FILE --initrd FILE --append WORDS [--memory MIB] [--rounds N] [--peer-cpu MODEL]
 The guest's /init must print --marker without end.
 """
-import argparse
 import contextlib
 import json
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
 
-from bench.boot import QBOOT, ROOT, START
+from bench._guests import ours, parser_of, peer
+from bench._program import ROOT, program
+from bench.boot import show_times
 from bench.exits import host
 
 GOAL = 0.1
 
 
-def ours(options, *more) -> list:
-    return [sys.executable, "-S", "-c", START, "run", *more]
-
-
-def peer(options, monitor: Path) -> list:
-    return ["qemu-system-x86_64", "-M", "microvm,rtc=on,ioapic2=off", "-bios", QBOOT, "-enable-kvm", "-cpu", options.peer_cpu, "-m",
-            str(options.memory), "-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot", "-kernel",
-            options.kernel, "-initrd", options.initrd, "-append", options.append, "-qmp", f"unix:{monitor},server=on,wait=off"]
+def monitored_peer(options, monitor: Path) -> list:
+    """It is stopped when it is saved, and would come back so: the file must not tell."""
+    return [*peer(options, "microvm", options.memory, options.initrd, options.append), "-qmp", f"unix:{monitor},server=on,wait=off",
+            "-global", "migration.store-global-state=off"]
 
 
 def start(command: list) -> subprocess.Popen:
@@ -50,8 +45,7 @@ def await_marker(process: subprocess.Popen, marker: bytes) -> None:
 
 
 def save_ours(options, path: Path) -> None:
-    process = start(ours(options, "--kernel", options.kernel, "--initrd", options.initrd, "--append", options.append, "--memory",
-                         str(options.memory), "--save", path))
+    process = start([*ours(options, "pc", options.memory, options.initrd, options.append), "--save", path])
     await_marker(process, options.marker.encode())
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=300)
@@ -60,7 +54,7 @@ def save_ours(options, path: Path) -> None:
 
 
 def save_peer(options, path: Path, monitor: Path) -> None:
-    process = start(peer(options, monitor))
+    process = start(monitored_peer(options, monitor))
     await_marker(process, options.marker.encode())
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(monitor))
@@ -100,13 +94,9 @@ def first_byte(command: list) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="bench restore")
-    for name in ("--kernel", "--initrd", "--append"):
-        parser.add_argument(name)
+    parser = parser_of("bench restore", append=None, rounds=7)
     parser.add_argument("--memory", type=int, default=512, metavar="MIB")
     parser.add_argument("--marker", default="tick")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--peer-cpu", default="host", metavar="MODEL")
     options = parser.parse_args(arguments)
     if options.kernel is None or shutil.which("qemu-system-x86_64") is None:
         print("restore: left out\nhint: needs qemu-system-x86_64, and --kernel, --initrd and --append of a guest that prints for ever")
@@ -117,17 +107,13 @@ def main(arguments: list[str]) -> None:
         save_peer(options, its, monitor)
         times: dict[str, list[float]] = {"kvmapp run --restore": [], "QEMU microvm -incoming": []}
         for _ in range(options.rounds):
-            times["kvmapp run --restore"].append(first_byte(ours(options, "--restore", mine)))
-            times["QEMU microvm -incoming"].append(first_byte([*peer(options, monitor), "-incoming", f"exec:cat {its}"]))
+            times["kvmapp run --restore"].append(first_byte([*program(), "run", "--restore", mine]))
+            times["QEMU microvm -incoming"].append(first_byte([*monitored_peer(options, monitor), "-incoming", f"exec:cat {its}"]))
         show(options, times, mine.stat().st_size, its.stat().st_size)
 
 
 def show(options, times: dict[str, list[float]], mine: int, its: int) -> None:
-    ours = times["kvmapp run --restore"]
     print(f"\nRestore: a guest of {options.memory} MiB to its first byte on the serial port")
     print(f"host: {host()}; files of {mine >> 20} and {its >> 20} MiB")
     print(f"method: medians of {options.rounds} rounds in turns, process start to first byte; goal: ratio <= {GOAL}\n")
-    print(f"{'VMM':<24}{'seconds':>10}{'least':>10}{'kvmapp / it':>14}")
-    for name, seconds in times.items():
-        ratio = median(mine / its for mine, its in zip(ours, seconds, strict=True))
-        print(f"{name:<24}{median(seconds):>10.3f}{min(seconds):>10.3f}{ratio:>14.3f}")
+    show_times(times)

@@ -87,15 +87,17 @@ cdef class CharBackend:
                 self.user.output_space()
         return data
 
-    def give(self, const uint8_t[::1] data not None):
-        """Input for the guest; how many bytes of it were accepted. After less than all, `fd` tells when to go on."""
-        cdef uint32_t count = min(data.shape[0], 0x7FFFFFFF)
+    def give(self, data not None):
+        """Input for the guest (bytes or the like); how many of them were accepted. After less than all, `fd` tells when to go on."""
+        cdef bytes content = bytes(memoryview(data))
+        cdef const uint8_t* source = <const uint8_t*><const char*>content
+        cdef uint32_t count = min(len(content), 0x7FFFFFFF)
         cdef uint32_t accepted = 0
         cdef uint32_t step = 1
         with nogil:
             while accepted < count and step:
                 pthread_mutex_lock(&self.lock)
-                step = copy_in(&self.input, &data[accepted], count - accepted)
+                step = copy_in(&self.input, source + accepted, count - accepted)
                 self.refused_input = step == 0
                 pthread_mutex_unlock(&self.lock)
                 accepted += step

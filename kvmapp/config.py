@@ -28,6 +28,7 @@ class BootConfig(Settings):
     kernel: str | None
     initrd: str | None
     cmdline: str
+    unpack: bool
 
 
 class DiskConfig(Settings):
@@ -44,6 +45,7 @@ class DiskConfig(Settings):
     io: str
     queues: int
     threads: int | None
+    poll: int
 
 
 class InterfaceConfig(Settings):
@@ -115,11 +117,56 @@ class VsockConfig(Settings):
     path: str
 
 
+class FilesystemConfig(Settings):
+    section = schema.DOMAIN.sections["filesystem"]
+    __slots__ = slots(section)
+    tag: str
+    source: str | None
+    readonly: bool
+    cache: str
+    binary: str | None
+    socket: str | None
+
+
 class DebugConfig(Settings):
     section = schema.DOMAIN.sections["debug"]
     __slots__ = slots(section)
     port_402: bool
     exit_port: bool
+
+
+class CputuneConfig(Settings):
+    section = schema.DOMAIN.sections["cputune"]
+    __slots__ = slots(section)
+    cpuset: str | None
+    emulatorpin: str | None
+    shares: int
+    period: int
+    quota: int
+    global_period: int
+    global_quota: int
+
+
+class VcpuConfig(Settings):
+    section = schema.DOMAIN.sections["vcpu"]
+    __slots__ = slots(section)
+    index: int
+    cpuset: str
+
+
+class NumatuneConfig(Settings):
+    section = schema.DOMAIN.sections["numatune"]
+    __slots__ = slots(section)
+    mode: str
+    nodeset: str
+
+
+class MemtuneConfig(Settings):
+    section = schema.DOMAIN.sections["memtune"]
+    __slots__ = slots(section)
+    hard_limit: int | None
+    soft_limit: int | None
+    swap_hard_limit: int | None
 
 
 class GraphicsConfig(Settings):
@@ -135,7 +182,8 @@ class DomainConfig(FileConfig):
     __slots__ = (*slots(section), *(part.attribute for part in file.sections.values()))
     parts: ClassVar = {"boot": BootConfig, "disk": DiskConfig, "interface": InterfaceConfig, "serial": SerialConfig,
              "console": ConsoleConfig, "rng": RngConfig, "balloon": BalloonConfig, "panic": PanicConfig,
-             "watchdog": WatchdogConfig, "vsock": VsockConfig, "debug": DebugConfig,
+             "watchdog": WatchdogConfig, "vsock": VsockConfig, "filesystem": FilesystemConfig, "debug": DebugConfig,
+             "cputune": CputuneConfig, "vcpu": VcpuConfig, "numatune": NumatuneConfig, "memtune": MemtuneConfig,
              "graphics": GraphicsConfig}
     name: str
     uuid: str
@@ -169,7 +217,12 @@ class DomainConfig(FileConfig):
     panic: PanicConfig | None
     watchdog: WatchdogConfig | None
     vsock: VsockConfig | None
+    filesystems: list[FilesystemConfig]
     debug: DebugConfig
+    cputune: CputuneConfig
+    vcpu_pins: list[VcpuConfig]
+    numatune: NumatuneConfig | None
+    memtune: MemtuneConfig
     graphics: list[GraphicsConfig]
 
     @classmethod
@@ -251,11 +304,27 @@ def check_domain(config: DomainConfig, origin: Origin) -> None:
     check_interfaces(config, origin)
     check_character_devices(config, origin)
     check_watchdog(config, origin)
+    check_filesystems(config, origin)
+    check_tuning(config, origin)
 
 
 def check_watchdog(config: DomainConfig, origin: Origin) -> None:
     if config.watchdog and config.machine == "microvm":
         origin.fail("watchdog", "model", f"{config.watchdog.model} is a PCI card, and a microvm has no PCI bus", "set machine = pc")
+
+
+def check_filesystems(config: DomainConfig, origin: Origin) -> None:
+    for one in config.filesystems:
+        if one.source is None and one.socket is None:
+            origin.fail(one.heading, None, "has neither source nor socket", "source = the folder")
+        for key in ("source", "readonly", "cache", "binary") if one.socket is not None else ():
+            value = getattr(one, key)
+            if value != one.setting(key).default:
+                origin.fail(one.heading, key, f"{one.setting(key).kind.format(value)!r}: of no use with socket, whose file server is "
+                                              "started by somebody else")
+    if config.filesystems and config.ksm:
+        origin.fail("", "ksm", f"'yes': KSM cannot merge memory that is shared with the file server of [{config.filesystems[0].heading}]",
+                    "set ksm = no")
 
 
 def check_memory(config: DomainConfig, origin: Origin) -> None:
@@ -360,3 +429,33 @@ def check_character_devices(config: DomainConfig, origin: Origin) -> None:
             if on_terminal is not None:
                 origin.fail(device.heading, "type", f"'stdio': [{on_terminal.heading}] has the terminal already")
             on_terminal = device
+
+
+def check_tuning(config: DomainConfig, origin: Origin) -> None:
+    """What the host has is not looked at here: tuning.py does, at the start."""
+    for pin in config.vcpu_pins:
+        if pin.index >= config.vcpus:
+            known = "only vCPU 0" if config.vcpus == 1 else f"vCPUs 0 to {config.vcpus - 1}"
+            origin.fail(pin.heading, None, f"the domain has {known}", f"raise vcpus, or take [{pin.heading}] away")
+    numa = config.numatune
+    if numa and numa.mode == "preferred" and not numa.nodeset.isdigit():
+        origin.fail("numatune", "nodeset", f"{numa.nodeset!r}: mode = preferred wants a single node", "mode = interleave takes several")
+    check_limits(config, origin)
+
+
+def check_limits(config: DomainConfig, origin: Origin) -> None:
+    """A hard limit below the guest's memory has its uses, with swap or a guest that never takes all of it: it is told, not refused."""
+    limits, size = config.memtune, schema.DOMAIN.top.settings["memory"].kind.format
+    hard, swap = limits.hard_limit, limits.swap_hard_limit
+    if swap is not None and (hard is None or swap < hard):
+        origin.fail("memtune", "swap_hard_limit", f"{size(swap)!r}: " + (
+            "of no use without hard_limit" if hard is None else f"is less than hard_limit = {size(hard)}"),
+            "it counts memory and swap together")
+    if hard is None or hard > config.memory or config.hugepages != "no":        # pages of hugetlbfs are not counted
+        return
+    if config.locked or config.prealloc:
+        key = "locked" if config.locked else "prealloc"
+        origin.fail("memtune", "hard_limit", f"{size(hard)!r}: {key} = yes takes all of memory = {size(config.memory)} at the start",
+                    "kvmapp itself needs some memory, too: leave room, or take the limit away")
+    config.warnings += (f"[memtune] hard_limit = {size(hard)}: is not more than memory = {size(config.memory)}; a guest that uses all "
+                        "of it is swapped out, or killed where there is no swap",)

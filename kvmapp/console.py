@@ -151,9 +151,14 @@ class ConsolePort:
             self.loop.watch(self.sink.output, self.push, WRITE)
             return
         except OSError:                                 # nobody is there any more
-            self.sink.output = NOBODY
             self.unshown.clear()
+            self.take_again()
+            self.sink.output = NOBODY
             return
+        self.take_again()
+
+    def take_again(self) -> None:
+        """The sink holds nothing up."""
         if self.backend.fd not in self.loop.callbacks:
             self.loop.unwatch(self.sink.output)
             self.loop.watch(self.backend.fd, self.output_ready)

@@ -1,4 +1,4 @@
-"""The machine's heart: /dev/kvm, one VM, its vCPUs and their run loop. Follows Documentation/virt/kvm/api.rst.
+"""The machine's heart: /dev/kvm, and one VM with its vCPUs (vcpu.pyx). Follows Documentation/virt/kvm/api.rst.
 
     kvm = Kvm()
     vm = Vm(kvm, memory)
@@ -7,33 +7,16 @@
     vm.set_entry(entry)          # boot/
     vm.resume() ... vm.pause() ... vm.close()
 
-A vCPU thread lives in `Vcpu.loop` without the GIL: through the gate when the machine runs, in KVM_RUN until KVM needs us, one
-step for each exit. It leaves KVM_RUN for the gate when it is kicked (signal and immediate_exit) or the guest asked for power-off,
-reset or the like (Power). Control methods (resume, pause, reset, close) belong to one control thread.
-Left out: nested virtualization state, KVM_EXIT_HLT (the irqchip is in the kernel), SMM.
+Control methods (resume, pause, reset, close) belong to one control thread.
 """
-cimport cython
-from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.stdint cimport uint16_t
-from libc.stdio cimport snprintf
+from libc.stdint cimport UINT64_MAX, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 from kvmapp.abi cimport kvm as abi
-from kvmapp.abi.kvm cimport (KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
-                             KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_RUN, kvm_cpuid2, kvm_cpuid_entry2,
-                             kvm_pit_config, kvm_regs, kvm_segment, kvm_sregs,
-                             kvm_userspace_memory_region)
-from kvmapp.abi.posix cimport (EAGAIN, EINTR, MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, SIG_BLOCK, SIG_UNBLOCK, SIGRTMIN,
-                               atomic_fence, close, errno, ioctl, mmap, munmap, own_thread_number, pthread_cond_broadcast,
-                               pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_create, pthread_join,
-                               pthread_kill, pthread_mutex_destroy,
-                               pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_self, pthread_setname_np,
-                               pthread_sigmask, sigaction, sigaction_t, sigaddset, sigemptyset, sigfillset, sigset_t)
-from kvmapp.coalesced cimport CoalescedRing
-from kvmapp.devices cimport CRASH, POWER_OFF, RESET
-from kvmapp.iothread cimport monotonic_ns
-from kvmapp.irqchip cimport KvmInterrupts
+from kvmapp.abi.kvm cimport kvm_cpuid2, kvm_cpuid_entry2, kvm_pit_config, kvm_userspace_memory_region
+from kvmapp.abi.posix cimport close, errno, ioctl
+from kvmapp.vcpu cimport PAUSE, RUN, STOP, Vcpu, refused
 from kvmapp.vmstate cimport msr_indexes, restore_vcpu, restore_vm, save_vcpu, save_vm, tell_stopped
 
 import os
@@ -41,11 +24,6 @@ import os
 from kvmapp.errors import HostError
 from kvmapp.layout import IDENTITY_MAP_BASE, TSS_BASE
 from kvmapp.state import StateError, StateReader
-
-cdef enum Wanted:
-    RUN
-    PAUSE
-    STOP
 
 REQUIRED = {
     "KVM_CAP_IRQCHIP": abi.KVM_CAP_IRQCHIP,
@@ -58,26 +36,6 @@ REQUIRED = {
     "KVM_CAP_IOEVENTFD": abi.KVM_CAP_IOEVENTFD,
     "KVM_CAP_IMMEDIATE_EXIT": abi.KVM_CAP_IMMEDIATE_EXIT,
 }
-
-EXIT_NAMES = {
-    abi.KVM_EXIT_UNKNOWN: "unknown", abi.KVM_EXIT_EXCEPTION: "exception", abi.KVM_EXIT_IO: "io",
-    abi.KVM_EXIT_HYPERCALL: "hypercall", abi.KVM_EXIT_DEBUG: "debug", abi.KVM_EXIT_HLT: "hlt", abi.KVM_EXIT_MMIO: "mmio",
-    abi.KVM_EXIT_IRQ_WINDOW_OPEN: "irq_window", abi.KVM_EXIT_SHUTDOWN: "shutdown", abi.KVM_EXIT_FAIL_ENTRY: "fail_entry",
-    abi.KVM_EXIT_INTR: "intr", abi.KVM_EXIT_SET_TPR: "set_tpr", abi.KVM_EXIT_TPR_ACCESS: "tpr_access", abi.KVM_EXIT_NMI: "nmi",
-    abi.KVM_EXIT_INTERNAL_ERROR: "internal_error", abi.KVM_EXIT_SYSTEM_EVENT: "system_event",
-    abi.KVM_EXIT_IOAPIC_EOI: "ioapic_eoi", abi.KVM_EXIT_X86_RDMSR: "rdmsr", abi.KVM_EXIT_X86_WRMSR: "wrmsr",
-}
-
-cdef enum:
-    PAGE_SIZE = 4096
-    CODE_SELECTOR = 0x10                                       # as Linux's boot protocol wants them
-    DATA_SELECTOR = 0x18
-    CR0_PROTECTED = 0x11                                       # PE, ET
-    CR4_PAE = 0x20
-    EFER_LME = 0x100
-    EFER_LMA = 0x400
-
-cdef uint64_t CR0_LONG = 0x80000033                            # PG, NE, ET, MP, PE
 
 
 cdef class Kvm:
@@ -154,9 +112,6 @@ cdef class Vm:
 
     def __cinit__(self, Kvm kvm not None, GuestMemory memory not None):
         """Raises HostError where KVM refuses a part."""
-        pthread_mutex_init(&self.lock, NULL)
-        pthread_cond_init(&self.changed, NULL)
-        self.wanted = PAUSE
         self.kvm = kvm
         self.memory = memory
         self.vcpus = []
@@ -180,13 +135,11 @@ cdef class Vm:
         self.mmio = Bus("mmio", vm_fd=self.fd)
         self.coalesced = CoalescedRing(self.pio, self.mmio)
         self.power = Power()
-        install_kick()
+        self.gate = Gate()
 
     def __dealloc__(self):
         if self.fd >= 0:
             close(self.fd)
-        pthread_cond_destroy(&self.changed)
-        pthread_mutex_destroy(&self.lock)
 
     def request(self, name, unsigned long number, unsigned long argument):
         """A VM ioctl with a plain argument. Raises HostError."""
@@ -237,14 +190,15 @@ cdef class Vm:
             restore_vcpu((<Vcpu>vcpu).fd, state)
         restore_vm(self.fd, chips)
 
-    def save(self):
-        """The state that lives in KVM; the VM must be paused. Raises HostError."""
+    def save(self, uint64_t moment=0):
+        """The state that lives in KVM, clocks as of the moment (vmstate.pyx); the VM must be paused. Raises HostError."""
         indexes = msr_indexes(self.kvm.fd)
-        return {"version": 1, "chips": save_vm(self.fd), "vcpus": [save_vcpu((<Vcpu>vcpu).fd, indexes) for vcpu in self.vcpus]}
+        return {"version": 1, "chips": save_vm(self.fd, moment),
+                "vcpus": [save_vcpu((<Vcpu>vcpu).fd, indexes, moment) for vcpu in self.vcpus]}
 
-    def restore(self, dict state not None, uint64_t elapsed=0):
-        """Puts back what `save` gave, with clocks that went on for `elapsed` ns; devices come before. False: this host cannot run
-        the guest's TSC at the rate it had. Raises StateError, HostError."""
+    def restore(self, dict state not None, uint64_t moment=0, uint64_t components=UINT64_MAX):
+        """Puts back what `save` gave, with clocks that went on since the moment; devices come before. `components`: the XSAVE state
+        components that the guest can have. False: this host cannot run the guest's TSC at the rate it had. Raises StateError, HostError."""
         reader = StateReader("kvm", state, version=1)
         chips, vcpus = reader.take("chips", dict), reader.take("vcpus", list)
         reader.done()
@@ -252,8 +206,8 @@ cdef class Vm:
             raise StateError(f"kvm: 'vcpus' does not hold {len(self.vcpus)} vCPUs")
         drifts = 0
         for vcpu, saved in zip(self.vcpus, vcpus):
-            drifts |= restore_vcpu((<Vcpu>vcpu).fd, saved, elapsed)
-        restore_vm(self.fd, chips, elapsed)                    # after the LAPICs, into which the I/O APIC may send at once
+            drifts |= restore_vcpu((<Vcpu>vcpu).fd, saved, moment, components)
+        restore_vm(self.fd, chips, moment)                     # after the LAPICs, into which the I/O APIC may send at once
         for vcpu in self.vcpus:
             tell_stopped((<Vcpu>vcpu).fd)
         return not drifts
@@ -261,10 +215,7 @@ cdef class Vm:
     def resume(self):
         """Lets the vCPUs run; the first time it starts their threads."""
         with nogil:
-            pthread_mutex_lock(&self.lock)
-            self.wanted = RUN
-            pthread_cond_broadcast(&self.changed)
-            pthread_mutex_unlock(&self.lock)
+            self.gate.want(RUN)
         for vcpu in self.vcpus:
             vcpu.start()
 
@@ -281,319 +232,9 @@ cdef class Vm:
     def drive(self, uint32_t wanted):
         """Makes every vCPU see `wanted`, and returns when none is in the guest."""
         with nogil:
-            pthread_mutex_lock(&self.lock)
-            self.wanted = wanted
-            pthread_cond_broadcast(&self.changed)
-            pthread_mutex_unlock(&self.lock)
+            self.gate.want(wanted)
         for vcpu in self.vcpus:
             (<Vcpu>vcpu).kick()
         with nogil:
-            pthread_mutex_lock(&self.lock)
-            while self.awake > 0:
-                pthread_cond_wait(&self.changed, &self.lock)
-            pthread_mutex_unlock(&self.lock)
+            self.gate.await_all()
             self.coalesced.drain()
-
-
-cdef class Vcpu:
-    """One virtual CPU and its thread."""
-
-    def __cinit__(self, Vm vm not None, uint32_t index, uint32_t apic_id):
-        """Raises HostError where KVM refuses."""
-        self.vm = vm
-        self.index = index
-        self.pio = vm.pio
-        self.mmio = vm.mmio
-        self.power = vm.power
-        self.fd = ioctl(vm.fd, abi.KVM_CREATE_VCPU, <unsigned long>apic_id)
-        if self.fd < 0:
-            raise refused(f"vCPU {index} (this host allows {vm.kvm.most_vcpus})")
-        self.shared_size = vm.kvm.run_size
-        shared = mmap(NULL, self.shared_size, PROT_READ | PROT_WRITE, MAP_SHARED, self.fd, 0)
-        if shared == MAP_FAILED:
-            raise refused("mapping a vCPU's shared page")
-        self.shared = <kvm_run*>shared
-        self.coalesced = vm.coalesced
-        cdef size_t page = vm.kvm.capability(abi.KVM_CAP_COALESCED_MMIO)
-        if page:                                               # one ring for all vCPUs, in each one's shared pages
-            self.coalesced.ring = <abi.kvm_coalesced_mmio_ring*>(<uint8_t*>self.shared + page * PAGE_SIZE)
-
-    def __dealloc__(self):
-        if self.shared != NULL:
-            munmap(self.shared, self.shared_size)      # self.vm may be gone: the two hold each other
-        if self.fd >= 0:
-            close(self.fd)
-
-    def set_cpuid(self, leaves):
-        """KVM_SET_CPUID2. Raises HostError."""
-        cdef kvm_cpuid2* table = <kvm_cpuid2*>calloc(1, sizeof(kvm_cpuid2) + len(leaves) * sizeof(kvm_cpuid_entry2))
-        cdef kvm_cpuid_entry2* entry
-        if table == NULL:
-            raise MemoryError()
-        try:
-            table.nent = len(leaves)
-            for i, leaf in enumerate(leaves):
-                entry = &table.entries[i]
-                entry.function, entry.index, entry.flags, entry.eax, entry.ebx, entry.ecx, entry.edx = leaf
-            if ioctl(self.fd, abi.KVM_SET_CPUID2, table) < 0:
-                raise refused("these CPUID leaves")
-        finally:
-            free(table)
-
-    def set_entry(self, entry):
-        """Registers for a direct boot, 'long' (64-bit, paging on) or 'protected' (32-bit, flat); 'real' stays at the reset vector."""
-        cdef kvm_regs registers
-        cdef kvm_sregs system
-        if entry.mode == "real":
-            return
-        if ioctl(self.fd, abi.KVM_GET_SREGS, &system) < 0:
-            raise refused("reading registers")
-        is_long = entry.mode == "long"
-        set_flat(&system.cs, CODE_SELECTOR, 0xB, is_long)
-        set_flat(&system.ds, DATA_SELECTOR, 0x3, False)
-        system.es = system.fs = system.gs = system.ss = system.ds
-        system.gdt.base = entry.gdt_base
-        system.gdt.limit = entry.gdt_limit
-        system.cr0 = CR0_LONG if is_long else CR0_PROTECTED
-        if is_long:
-            system.cr3 = entry.cr3
-            system.cr4 = CR4_PAE
-            system.efer = EFER_LME | EFER_LMA
-        if ioctl(self.fd, abi.KVM_SET_SREGS, &system) < 0:
-            raise refused("the boot vCPU's segments")
-        memset(&registers, 0, sizeof(registers))
-        registers.rflags = 2
-        registers.rip, registers.rsp = entry.rip, entry.rsp
-        registers.rax, registers.rbx, registers.rcx, registers.rdx = entry.rax, entry.rbx, entry.rcx, entry.rdx
-        registers.rsi, registers.rdi = entry.rsi, entry.rdi
-        if ioctl(self.fd, abi.KVM_SET_REGS, &registers) < 0:
-            raise refused("the boot vCPU's registers")
-
-    def registers(self):
-        """General and system registers of a paused vCPU, {name: int}, for the log of a crash. Raises HostError."""
-        cdef kvm_regs general
-        cdef kvm_sregs system
-        if ioctl(self.fd, abi.KVM_GET_REGS, &general) < 0 or ioctl(self.fd, abi.KVM_GET_SREGS, &system) < 0:
-            raise refused("reading registers")
-        values = dict(general)
-        values.update(cs=system.cs.selector, ss=system.ss.selector, cr0=system.cr0, cr2=system.cr2, cr3=system.cr3,
-                      cr4=system.cr4, efer=system.efer)
-        return values
-
-    def exit_counts(self):
-        """{exit reason: how often the guest left for user space because of it}."""
-        return {EXIT_NAMES.get(reason, str(reason)): self.exits[reason] for reason in range(EXIT_REASONS) if self.exits[reason]}
-
-    @property
-    def thread_number(self):
-        """The kernel's number of the thread (gettid), 0 before `start`."""
-        return self.native
-
-    def failure_text(self):
-        """Why KVM could not go on with this vCPU (after a CRASH): for the log."""
-        cdef uint32_t reason = self.shared.exit_reason
-        if self.failure:
-            return f"KVM_RUN: {os.strerror(self.failure)}"
-        if reason == KVM_EXIT_INTERNAL_ERROR:
-            data = [f"{self.shared.internal.data[i]:#x}" for i in range(min(16, self.shared.internal.ndata))]
-            return f"KVM internal error, suberror {self.shared.internal.suberror}, data {' '.join(data) or 'none'}"
-        if reason == KVM_EXIT_FAIL_ENTRY:
-            return f"the CPU refuses to enter the guest, reason {self.shared.fail_entry.hardware_entry_failure_reason:#x}"
-        return f"exit '{EXIT_NAMES.get(reason, reason)}'"
-
-    def start(self):
-        """Starts the thread; a second call does nothing. Raises HostError."""
-        if self.started:
-            return
-        Py_INCREF(self)                                        # the thread's
-        result = pthread_create(&self.thread_id, NULL, vcpu_thread, <void*>self)
-        if result:
-            Py_DECREF(self)
-            raise HostError(f"Cannot start the thread of vCPU {self.index}: {os.strerror(result)}", "see ulimit -u and pids.max")
-        self.started = True
-
-    def join(self):
-        """Waits for the thread's end (after Vm.close)."""
-        if self.started:
-            with nogil:
-                pthread_join(self.thread_id, NULL)
-            self.started = False
-            Py_DECREF(self)
-
-    cdef void run(self) noexcept nogil:
-        """The thread's body. Only the kick signal reaches it."""
-        cdef sigset_t signals
-        cdef char name[16]
-        sigfillset(&signals)
-        pthread_sigmask(SIG_BLOCK, &signals, NULL)
-        sigemptyset(&signals)
-        sigaddset(&signals, SIGRTMIN)
-        pthread_sigmask(SIG_UNBLOCK, &signals, NULL)
-        snprintf(name, sizeof(name), b"vcpu %u", self.index)
-        pthread_setname_np(pthread_self(), name)
-        self.native = own_thread_number()
-        self.loop()
-
-    cdef void loop(self) noexcept nogil:
-        """Once round the gate, once into the guest, until the machine stops."""
-        pthread_mutex_lock(&self.vm.lock)
-        self.running = True
-        pthread_mutex_unlock(&self.vm.lock)
-        while self.gate():
-            if self.first_entry or self.enter_first():
-                self.enter()
-        pthread_mutex_lock(&self.vm.lock)
-        self.running = False
-        pthread_mutex_unlock(&self.vm.lock)
-
-    cdef bint gate(self) noexcept nogil:
-        """Waits here while the machine is paused or an event of the guest waits to be handled; False when the machine stops."""
-        cdef bint go
-        pthread_mutex_lock(&self.vm.lock)
-        if self.inside:
-            self.inside = False
-            self.vm.awake = self.vm.awake - 1
-            pthread_cond_broadcast(&self.vm.changed)
-        while self.vm.wanted == PAUSE or (self.vm.wanted == RUN and self.power.pending()):
-            pthread_cond_wait(&self.vm.changed, &self.vm.lock)
-        go = self.vm.wanted == RUN
-        if go:
-            self.inside = True
-            self.vm.awake = self.vm.awake + 1
-            self.shared.immediate_exit = 0
-        pthread_mutex_unlock(&self.vm.lock)
-        return go
-
-    cdef bint enter_first(self) noexcept nogil:
-        """The thread's first KVM_RUN, with the time before and after it: here, so that no later exit has to ask."""
-        cdef int result
-        self.first_entry = monotonic_ns()
-        result = ioctl(self.fd, KVM_RUN, 0)
-        self.first_exit = monotonic_ns()
-        return self.handle_exit(result)
-
-    cdef void enter(self) noexcept nogil:
-        """Runs the guest until it is kicked or asks for an event. With immediate_exit set, KVM_RUN only completes the access
-        that the last exit began, so nothing is half done when this returns."""
-        while self.vm.wanted != STOP and self.handle_exit(ioctl(self.fd, KVM_RUN, 0)):
-            pass
-
-    @cython.final
-    cdef bint handle_exit(self, int result) noexcept nogil:
-        """What KVM_RUN came back for; False when the thread is to go to the gate."""
-        cdef uint32_t reason
-        if result < 0:
-            if errno != EINTR and errno != EAGAIN:
-                self.failure = errno
-                self.power.request(CRASH, KVM_EXIT_INTERNAL_ERROR)
-            return False
-        self.coalesced.drain()
-        reason = self.shared.exit_reason
-        if reason == KVM_EXIT_IO:
-            self.handle_io()
-        elif reason == KVM_EXIT_MMIO:
-            self.handle_mmio()
-        else:
-            self.handle_rare(reason)
-        self.exits[reason if reason < EXIT_REASONS else EXIT_REASONS - 1] += 1
-        if self.power.pending():
-            self.shared.immediate_exit = 1
-        return True
-
-    cdef void handle_io(self) noexcept nogil:
-        """IN and OUT, and their string forms (`count` items one after the other)."""
-        cdef uint8_t* data = <uint8_t*>self.shared + self.shared.io.data_offset
-        cdef uint32_t size = self.shared.io.size
-        cdef uint16_t port = self.shared.io.port
-        cdef bint is_out = self.shared.io.direction == KVM_EXIT_IO_OUT
-        cdef uint64_t value
-        cdef uint32_t i
-        for i in range(self.shared.io.count):
-            if is_out:
-                value = 0
-                memcpy(&value, data, size)
-                self.pio.store(port, size, value)
-            else:
-                value = self.pio.load(port, size)
-                memcpy(data, &value, size)
-            data += size
-
-    cdef void handle_mmio(self) noexcept nogil:
-        """A load or store of 1 to 8 bytes; odd lengths (an access over a page's edge) go byte by byte."""
-        cdef uint64_t address = self.shared.mmio.phys_addr
-        cdef uint32_t size = self.shared.mmio.len
-        cdef uint32_t step = size if size & (size - 1) == 0 else 1
-        cdef uint32_t done = 0
-        cdef uint64_t value
-        while done < size:
-            if self.shared.mmio.is_write:
-                value = 0
-                memcpy(&value, &self.shared.mmio.data[done], step)
-                self.mmio.store(address + done, step, value)
-            else:
-                value = self.mmio.load(address + done, step)
-                memcpy(&self.shared.mmio.data[done], &value, step)
-            done += step
-
-    cdef void handle_rare(self, uint32_t reason) noexcept nogil:
-        """Exits that end the guest's run one way or another."""
-        cdef uint32_t event
-        if reason == KVM_EXIT_INTR:
-            return
-        if reason == KVM_EXIT_SHUTDOWN:
-            self.power.request(RESET, KVM_EXIT_SHUTDOWN)               # triple fault
-        elif reason == KVM_EXIT_SYSTEM_EVENT:
-            event = self.shared.system_event.type
-            if event == abi.KVM_SYSTEM_EVENT_SHUTDOWN:
-                self.power.request(POWER_OFF, reason)
-            elif event == abi.KVM_SYSTEM_EVENT_RESET:
-                self.power.request(RESET, reason)
-            else:
-                self.power.request(CRASH, reason)
-        else:
-            self.power.request(CRASH, reason)
-
-    cdef void kick(self) noexcept nogil:
-        """Makes the thread leave the guest soon. A kick that comes before KVM_RUN is not lost: immediate_exit stays set."""
-        pthread_mutex_lock(&self.vm.lock)
-        self.shared.immediate_exit = 1
-        atomic_fence()
-        if self.running:
-            pthread_kill(self.thread_id, SIGRTMIN)
-        pthread_mutex_unlock(&self.vm.lock)
-
-
-cdef void* vcpu_thread(void* vcpu) noexcept nogil:
-    (<Vcpu>vcpu).run()
-    return NULL
-
-
-cdef void set_flat(kvm_segment* segment, uint16_t selector, uint8_t kind, bint is_long) noexcept:
-    """A present, accessed, ring-0 segment over all 4 GiB (SDM vol. 3, 3.4.5)."""
-    memset(segment, 0, sizeof(kvm_segment))
-    segment.limit = 0xFFFFFFFF
-    segment.selector = selector
-    segment.type = kind
-    segment.present = 1
-    segment.s = 1
-    segment.g = 1
-    segment.l = is_long  # no-cython-lint
-    segment.db = not is_long
-
-
-cdef void ignore_kick(int signal) noexcept nogil:
-    """The signal's only work is to interrupt KVM_RUN."""
-
-
-cdef int install_kick() except -1:
-    cdef sigaction_t action
-    memset(&action, 0, sizeof(action))
-    action.sa_handler = ignore_kick
-    if sigaction(SIGRTMIN, &action, NULL) < 0:
-        raise OSError(errno, "sigaction")
-    return 0
-
-
-cdef object refused(str what):
-    code = errno
-    return HostError(f"KVM refuses {what}: {os.strerror(code)}")

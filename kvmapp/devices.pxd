@@ -95,8 +95,7 @@ cdef enum:                           # PowerEvent for Python
 
 cdef class Power:
     cdef readonly int fd
-    cdef uint32_t event
-    cdef uint32_t code
+    cdef uint64_t wish               # the event, and above it the code; atomic
 
     cdef void request(self, uint32_t event, uint32_t code) noexcept nogil
     cdef bint pending(self) noexcept nogil

@@ -10,10 +10,10 @@ from libc.string cimport memcpy, memmove, memset
 
 from kvmapp.abi.kvm cimport (KVM_IOEVENTFD, KVM_IOEVENTFD_FLAG_DATAMATCH, KVM_IOEVENTFD_FLAG_DEASSIGN,
                              KVM_IOEVENTFD_FLAG_PIO, kvm_ioeventfd)
-from kvmapp.abi.posix cimport (CLOCK_MONOTONIC, EEXIST, EFD_CLOEXEC, EFD_NONBLOCK, EINVAL, ENOENT, ENOSPC, atomic_exchange_u32,
-                               atomic_fence_acquire, atomic_load_u32, atomic_store_u32, clock_gettime, close, dprintf, errno,
-                               eventfd, ioctl, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
-                               pthread_mutex_unlock, strerror, timespec)
+from kvmapp.abi.posix cimport (CLOCK_MONOTONIC, EEXIST, EFD_CLOEXEC, EFD_NONBLOCK, EINVAL, ENOENT, ENOSPC, atomic_exchange_u64,
+                               atomic_fence_acquire, atomic_fence_release, atomic_load_u32, atomic_load_u64, atomic_store_u32,
+                               atomic_swap_u64, clock_gettime, close, dprintf, errno, eventfd, ioctl, pthread_mutex_destroy,
+                               pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, strerror, timespec)
 from kvmapp.abi cimport posix
 
 import os
@@ -219,6 +219,7 @@ cdef class Bus:
             result = -EEXIST
         else:
             atomic_store_u32(&self.sequence, self.sequence + 1)
+            atomic_fence_release()       # nothing of the change before the odd count
             memmove(&self.ranges[i + 1], &self.ranges[i], (self.count - i) * sizeof(Range))
             self.ranges[i].base = base
             self.ranges[i].size = size
@@ -237,6 +238,7 @@ cdef class Bus:
         for i in range(self.count):
             if self.ranges[i].base == base and self.ranges[i].size == size:
                 atomic_store_u32(&self.sequence, self.sequence + 1)
+                atomic_fence_release()
                 memmove(&self.ranges[i], &self.ranges[i + 1], (self.count - i - 1) * sizeof(Range))
                 self.count -= 1
                 atomic_store_u32(&self.sequence, self.sequence + 1)
@@ -269,7 +271,7 @@ cdef class Bus:
 
 
 cdef class Interrupts:
-    """The interrupt controller as devices see it. This one only records; core.KvmInterrupts drives the in-kernel irqchip."""
+    """The interrupt controller as devices see it. This one only records; irqchip.KvmInterrupts drives the in-kernel irqchip."""
 
     def __cinit__(self, *args, **kwargs):
         pthread_mutex_init(&self.lock, NULL)
@@ -413,7 +415,10 @@ class PowerEvent:
 
 
 cdef class Power:
-    """Where the guest's wish to end arrives, from a device or a vCPU: the first wins until it is taken; `fd` is readable then."""
+    """Where the guest's wish to end arrives, from a device or a vCPU: the first wins until it is taken; `fd` is readable then.
+
+    What only tells something, after which the guest goes on, gives way: whoever wished to end would wait for it for ever.
+    """
 
     def __cinit__(self):
         self.fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
@@ -428,8 +433,8 @@ cdef class Power:
         """(a number of PowerEvent, code) and forgets it; (RUNNING, 0) when nothing was asked for."""
         cdef uint64_t events
         posix.read(self.fd, &events, sizeof(events))
-        cdef uint32_t event = atomic_exchange_u32(&self.event, RUNNING)
-        return event, self.code if event else 0
+        cdef uint64_t wish = atomic_exchange_u64(&self.wish, RUNNING)
+        return <uint32_t>wish, wish >> 32
 
     @property
     def asked(self):
@@ -441,12 +446,20 @@ cdef class Power:
         self.request(event, code)
 
     cdef void request(self, uint32_t event, uint32_t code) noexcept nogil:
-        cdef uint64_t one = 1
-        if atomic_load_u32(&self.event) != RUNNING:
-            return
-        self.code = code
-        if atomic_exchange_u32(&self.event, event) == RUNNING:
-            posix.write(self.fd, &one, sizeof(one))
+        cdef uint64_t one = 1, before = atomic_load_u64(&self.wish)
+        while weight(event) > weight(<uint32_t>before):
+            if atomic_swap_u64(&self.wish, &before, event | <uint64_t>code << 32):
+                posix.write(self.fd, &one, sizeof(one))
+                return
 
     cdef bint pending(self) noexcept nogil:
-        return atomic_load_u32(&self.event) != RUNNING
+        return atomic_load_u64(&self.wish) != RUNNING
+
+
+cdef uint32_t weight(uint32_t event) noexcept nogil:
+    """Which wish gives way to which."""
+    if event == RUNNING:
+        return 0
+    if event == CRASH_KERNEL:
+        return 1
+    return 2 if event == WATCHDOG else 3

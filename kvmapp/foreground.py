@@ -6,6 +6,7 @@ status tells how it ended: 0 powered off, 3 reset (with --no-reboot), 4 crashed,
 """
 import _signal as signal  # its public face would import enum, and with it half of the library
 import fcntl
+import os
 import struct
 import sys
 import termios
@@ -70,6 +71,8 @@ def run_and_tell(config, uses_terminal: bool, extras: Extras) -> int:
 
 def run_here(config, uses_terminal: bool, extras: Extras) -> int:
     loop, log = Loop(), extras.timing.hearing(Log(2)) if extras.timing else Log(2)
+    for what in unkept_limits(config):
+        log(f"warning: {what} is not kept by kvmapp run: only the daemon makes control groups")
     machine = machine_for(config, extras, log)
     domain = Domain(config, machine, loop, log)
     if extras.timing:
@@ -86,11 +89,29 @@ def run_here(config, uses_terminal: bool, extras: Extras) -> int:
         return live(domain, extras)
 
 
+def unkept_limits(config) -> list[str]:
+    """What control groups would keep, and only the daemon makes those."""
+    cputune = config.cputune
+    return [*(f"[cputune] {key}" for key in ("shares", "quota", "global_quota") if getattr(cputune, key) != cputune.setting(key).default),
+            *(f"[memtune] {key}" for key, limit in config.memtune.to_dict().items() if limit is not None)]
+
+
 def machine_for(config, extras: Extras, log: "Callable[[str], None]") -> Machine:
+    files = {}
+    if config.filesystems:
+        from kvmapp.fileserver import start
+        files = {f"filesystem:{one.tag}": start(one, 2).fd for one in config.filesystems}
     if extras.restore is None:
-        return Machine(config)
+        return Machine(config, files, cache=cache_folder())
     from kvmapp.snapshot import restore
-    return restore(extras.restore, config, warn=lambda text: log(f"warning: {text}"))
+    return restore(extras.restore, config, files, warn=lambda text: log(f"warning: {text}"))
+
+
+def cache_folder() -> str:
+    """Where unpacked kernels are kept for us."""
+    if os.geteuid() == 0:
+        return "/var/cache/kvmapp"
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "kvmapp")
 
 
 def live(domain: Domain, extras: Extras) -> int:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 
+from kvmapp.cpuset import members
+
 IO_URING_SETUP = 425                        # the same number on every architecture
 
 
@@ -178,18 +180,9 @@ def numa_cells() -> list[dict]:
     for node in nodes:
         total = [line.split()[3] for line in read_small(f"{base}/node{node}/meminfo").splitlines() if " MemTotal:" in line]
         cells.append({"id": node, "memory": int(total[0]) << 10 if total else 0,
-                      "cpus": number_list(read_small(f"{base}/node{node}/cpulist"))})
+                      "cpus": members(read_small(f"{base}/node{node}/cpulist"))})
     return cells or [{"id": 0, "memory": meminfo().get("MemTotal", 0),
                       "cpus": [int(block["processor"]) for block in cpu_blocks()]}]
-
-
-def number_list(text: str) -> list[int]:
-    """The kernel's lists: 0-3,8."""
-    numbers: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers
 
 
 def node_info() -> dict[str, object]:

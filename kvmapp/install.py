@@ -90,6 +90,7 @@ class Setup:
             elif os.path.lexists(path):
                 self.say(f"left {path}: it was changed")
         self.remove_program()
+        shutil.rmtree(self.path("var/cache/kvmapp"), ignore_errors=True)        # what can be made again at any time
         os.unlink(self.path(MANIFEST))
         for folder, _ in reversed(FOLDERS):
             if os.path.isdir(self.path(folder)) and not os.listdir(self.path(folder)):

@@ -3,6 +3,10 @@
 A source belongs to one thread and is added and removed by the control thread only; what the guest does never adds or removes
 one (a device ignores an event that its state does not want). Callbacks run with no lock held and take their Device's lock.
 `pause` returns when the thread stands between two callbacks; `remove` when no callback of that source runs or will run.
+
+A thread that polls looks for work by itself for a while before it sleeps: a wake-up by the kernel costs more than a request that comes at
+once. How long is learnt from the sleeps: those that were short double it, up to `poll` ns, and a longer one ends it. Meanwhile the
+sources' other sides need not wake it (`hush`).
 """
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.string cimport memset, strncpy
@@ -10,7 +14,7 @@ from libc.string cimport memset, strncpy
 from kvmapp.abi.epoll cimport (EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLIN, TFD_CLOEXEC, TFD_NONBLOCK,
                                TFD_TIMER_ABSTIME, epoll_create1, epoll_ctl, epoll_event, epoll_wait, itimerspec,
                                timerfd_create, timerfd_settime)
-from kvmapp.abi.posix cimport (CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, SIG_BLOCK, clock_gettime, close, errno, eventfd,
+from kvmapp.abi.posix cimport (CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, SIG_BLOCK, clock_gettime, close, cpu_relax, errno, eventfd,
                                own_thread_number, pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_wait,
                                pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
                                pthread_mutex_unlock,
@@ -20,6 +24,7 @@ import os
 
 cdef enum:
     BATCH = 32                       # events taken from the kernel at once
+    POLL_FIRST = 4000                # ns; what polling begins with
 
 
 cdef int64_t monotonic_ns() noexcept nogil:
@@ -37,6 +42,13 @@ cdef class EventSource:
 
     cdef void ready(self, uint32_t events) noexcept nogil:
         pass
+
+    cdef bint look(self) noexcept nogil:
+        """Does what there is to do, found without a system call; whether there was something. For threads that poll."""
+        return False
+
+    cdef void hush(self, bint quiet) noexcept nogil:
+        """Whether the other side need not wake the thread for now. False: what came meanwhile is served before this returns."""
 
     cdef int watch(self, uint32_t events) noexcept nogil:
         """Changes which events (EPOLLIN, EPOLLOUT, EPOLLET, 0 for none) call `ready`; 0 or -errno."""
@@ -114,16 +126,31 @@ cdef class Timer(EventSource):
         timerfd_settime(self.fd, 0, &setting, NULL)
 
 
-cdef class IoThread:
-    """One loop. Made paused; `resume` starts it. `close` ends it and lets go of all sources."""
+cdef class Waiter:
+    """A library with descriptors and timers of its own, which change with all that it does: it does the waiting for its thread.
 
-    def __cinit__(self, str name not None="io"):
+    `wait` returns when `epoll`, the thread's descriptor, is readable or the library has done something. Meanwhile it may call `reader`,
+    which takes what comes from it.
+    """
+
+    cdef void wait(self, int epoll) noexcept nogil:
+        pass
+
+
+cdef class IoThread:
+    """One loop. Made paused; `resume` starts it. `close` ends it and lets go of all sources.
+
+    `poll`: the longest time in ns that it looks for work by itself before it sleeps; 0: it sleeps at once.
+    """
+
+    def __cinit__(self, str name not None="io", *, int64_t poll=0):
         pthread_mutex_init(&self.lock, NULL)
         pthread_cond_init(&self.changed, NULL)
         cdef bytes title = name.encode()[:sizeof(self.title) - 1]
         self.name = name
         strncpy(self.title, title, sizeof(self.title) - 1)
         self.sources = set()
+        self.poll_most = poll
         self.pausing = True
         self.parked = True
         self.wake = -1
@@ -157,6 +184,24 @@ cdef class IoThread:
             self.sources.discard(source)
             source.thread = None
             raise OSError(code, f"{self.name}: cannot watch descriptor {source.fd}: {os.strerror(code)}")
+        if self.poll_most and source.can_look:
+            self.choose_looked_at()
+
+    @property
+    def polls(self):
+        """Whether it looks for work before it sleeps."""
+        return self.poll_most > 0
+
+    def choose_looked_at(self):
+        """Which sources it polls, after a change of `sources`."""
+        was_running = not self.pausing
+        self.pause()
+        lookers = [source for source in self.sources if (<EventSource>source).can_look][:LOOKED_AT_MOST]
+        for i, source in enumerate(lookers):
+            self.looked_at[i] = <PyObject*>source
+        self.looked_at_count = len(lookers)
+        if was_running:
+            self.resume()
 
     def remove(self, EventSource source not None):
         """When this returns no callback of `source` runs or will run. Not to be called with a device's lock held."""
@@ -166,7 +211,20 @@ cdef class IoThread:
         was_running = not self.pausing
         self.pause()                     # a batch that still names the source is over after this
         self.sources.discard(source)
+        self.choose_looked_at()
         source.thread = None
+        if was_running:
+            self.resume()
+
+    def wait_by(self, Waiter waiter, EventSource reader=None):
+        """From now on `waiter` does the waiting; None: nobody but the kernel, and no call of it runs or will run."""
+        was_running = not self.pausing
+        self.pause()
+        if self.waiter is not None:
+            self.waiter.reader = None
+        self.waiter = waiter
+        if waiter is not None:
+            waiter.reader = reader
         if was_running:
             self.resume()
 
@@ -225,6 +283,7 @@ cdef class IoThread:
             epoll_ctl(self.epoll, EPOLL_CTL_DEL, (<EventSource>source).fd, NULL)
             (<EventSource>source).thread = None
         self.sources.clear()
+        self.looked_at_count = 0
 
     cdef void run(self) noexcept nogil:
         """The thread's body: signals are for the control thread, so all are blocked here."""
@@ -237,19 +296,58 @@ cdef class IoThread:
 
     cdef void loop(self) noexcept nogil:
         cdef epoll_event events[BATCH]
+        cdef int64_t began
+        cdef bint busy
         cdef int count, i
         while not self.stopping:
             if self.pausing and not self.park():
-                return
-            count = epoll_wait(self.epoll, events, BATCH, -1)
+                break
+            if self.waiter is not None:
+                self.waiter.wait(self.epoll)
+            busy = self.waiter is not None or (self.poll_now != 0 and self.search())
+            began = 0 if busy or self.poll_most == 0 else monotonic_ns()
+            count = epoll_wait(self.epoll, events, BATCH, 0 if busy else -1)
+            if began:
+                self.learn(monotonic_ns() - began)
+                self.hush(self.poll_now != 0)
             for i in range(count):
                 if events[i].data.ptr == NULL:
                     self.drain_wake()
                 elif not self.stopping:
                     (<EventSource>events[i].data.ptr).ready(events[i].events)
+        self.hush(False)
+
+    cdef bint search(self) noexcept nogil:
+        """Polls; whether work was found and done."""
+        cdef int64_t end = monotonic_ns() + self.poll_now
+        cdef bint found = False
+        cdef uint32_t i
+        while not found and not self.pausing and not self.stopping and monotonic_ns() < end:
+            for i in range(self.looked_at_count):
+                if (<EventSource>self.looked_at[i]).look():
+                    found = True
+            cpu_relax()
+        if not found:
+            self.hush(False)
+        return found
+
+    cdef void learn(self, int64_t slept) noexcept nogil:
+        """What a sleep of `slept` ns tells: whether a little more of polling would have saved it, or all of it is in vain."""
+        if slept > self.poll_most:
+            self.poll_now = 0
+        elif slept > self.poll_now:
+            self.poll_now = min(max(2 * self.poll_now, <int64_t>POLL_FIRST), self.poll_most)
+
+    cdef void hush(self, bint quiet) noexcept nogil:
+        cdef uint32_t i
+        if quiet != self.hushed:
+            self.hushed = quiet
+            for i in range(self.looked_at_count):
+                (<EventSource>self.looked_at[i]).hush(quiet)
 
     cdef bint park(self) noexcept nogil:
         """Waits until `resume` or `close`; whether to go on."""
+        self.hush(False)
         pthread_mutex_lock(&self.lock)
         while self.pausing and not self.stopping:
             if not self.parked:

@@ -55,6 +55,7 @@ BOOT_INFO = 0x6000                                               # PVH start inf
 BOOT_ZERO_PAGE = 0x7000
 BOOT_STACK_TOP = 0x8FF0
 BOOT_PAGE_TABLES = 0x9000                                        # PML4, PDPT, four PDs: identity map of 4 GiB in 2 MiB pages
+BOOT_SETUP_DATA, BOOT_SETUP_DATA_SIZE = 0x1_0000, 0x1000        # Linux's list of setup_data: a seed for its random numbers
 BOOT_CMDLINE, BOOT_CMDLINE_SIZE = 0x2_0000, 0x1_0000
 EBDA = 0x9_FC00                                                  # MP floating pointer
 ROM_AREA, ROM_AREA_END = 0xE_0000, 0x10_0000                     # RSDP and ACPI tables, then:

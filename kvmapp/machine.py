@@ -6,7 +6,7 @@
 
 A new device is built here, in one of the `_add_...` steps, and nowhere else. Control methods belong to one thread.
 """
-from kvmapp.boot.cpuid import address_bits, guest_cpuid, lacking_features
+from kvmapp.boot.cpuid import address_bits, guest_cpuid, lacking_features, xsave_components
 from kvmapp.boot.direct import DirectBoot
 from kvmapp.boot.e820 import pci_window64
 from kvmapp.boot.platform import Platform
@@ -53,9 +53,11 @@ from kvmapp.layout import (
 from kvmapp.memory import GuestMemory
 from kvmapp.slots import MmioSlots, PciSlots
 from kvmapp.state import StateError, StateReader
+from kvmapp.tuning import Tuning
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from kvmapp.config import InterfaceConfig
@@ -72,13 +74,15 @@ class Machine:
     slots: "Any"
     hotplug: "Any" = None                               # where there is PCI
 
-    def __init__(self, config, files: dict[str, int] | None = None, cpuids: list | None = None):
+    def __init__(self, config, files: dict[str, int] | None = None, cpuids: list | None = None, *, cache: str | None = None,
+                 warn: "Callable[[str], None] | None" = None):
         """Builds it, powered off. `files` are descriptors opened by others, by what they are for ('disk:vda', 'interface:0');
-        `cpuids` are the CPUID entries of each vCPU that a restored guest has seen.
+        `cache` is the folder of unpacked kernels. Of a restored guest, `cpuids` are the CPUID entries that each vCPU has seen, and
+        `warn` hears of places that this host lacks.
 
         Raises KvmappError, and then nothing is left open.
         """
-        self.config = config
+        self.config, self.cache = config, cache
         self.files = files or {}
         self.cpuids: list = cpuids or []
         self.devices: list[Device] = []
@@ -86,9 +90,12 @@ class Machine:
         self.threads: list[IoThread] = []
         self.card_threads: dict[str, list[IoThread]] = {}           # of each network card
         self.running = False
+        self.vcpus_started = False
         self.characters: list[tuple] = []
         self.debug_console: CharBackend | None = None
         try:
+            self.tuning = Tuning(config, warn)
+            self.tuning.take_place()
             self._open_kernel()
             self._make_vm()
             self._add_platform()
@@ -120,8 +127,15 @@ class Machine:
             device.resume()
         for thread in self.threads:
             thread.resume()
+        self.start_vcpus()
         self.vm.resume()
         self.running = True
+
+    def start_vcpus(self) -> None:
+        """Their threads, each at its place, where they wait for `resume`; a second call does nothing."""
+        if not self.vcpus_started:
+            self.tuning.start_vcpus(self.vm.vcpus)
+            self.vcpus_started = True
 
     def pause(self) -> None:
         """Returns when nothing of the machine moves: no vCPU, no I/O in flight."""
@@ -132,23 +146,26 @@ class Machine:
         for thread in self.threads:
             thread.pause()
 
-    def reset(self) -> None:
-        """As after a power cycle; the machine is paused. `boot` comes next. A guest that starts anew holds no card back."""
-        for name in [name for name in self.card_threads if self.hotplug and self.slots.slot_of(name) in self.hotplug.wanted()]:
-            self._take_out(name)
+    def reset(self) -> list[str]:
+        """As after a power cycle; the machine is paused. `boot` comes next. A guest that starts anew holds no card back: the names of those
+        that were taken out. What the guest wished for before is void."""
+        self.power.take()
+        names = self.take_ejected(asked=True)
         for device in self.devices:
             device.reset()
         self.memory.clear()
         self.vm.reset()
         self.slots.assign_resources()
+        return names
 
-    def save_state(self) -> dict:
-        """Everything that the guest can see but its memory; the machine is paused. Raises HostError."""
-        return {"version": STATE_VERSION, "cpuids": self.cpuids, "kvm": self.vm.save(),
+    def save_state(self, moment: int = 0) -> dict:
+        """Everything that the guest can see but its memory, clocks as of the moment (vmstate.pyx); the machine is paused.
+        Raises HostError."""
+        return {"version": STATE_VERSION, "cpuids": self.cpuids, "kvm": self.vm.save(moment),
                 "devices": {device.name: device.save() for device in self.devices}}
 
-    def restore_state(self, state: dict, elapsed: int = 0) -> bool:
-        """Puts back what `save_state` gave, `elapsed` ns later; the machine has not run yet, its memory is there.
+    def restore_state(self, state: dict, moment: int = 0) -> bool:
+        """Puts back what `save_state` gave, with clocks that went on since the moment; the machine has not run yet, its memory is there.
 
         False: this host cannot run the guest's TSC at the rate it had. Raises StateError, HostError.
         """
@@ -163,7 +180,7 @@ class Machine:
         if devices:
             raise StateError(f"The saved machine has a device '{min(map(str, devices))}' that this configuration lacks",
                              "restore it with the configuration it was saved with")
-        return self.vm.restore(kvm, elapsed)
+        return self.vm.restore(kvm, moment, xsave_components(self.cpuids[0]))
 
     def close(self) -> None:
         """Gives everything back to the host; a second call does nothing."""
@@ -192,6 +209,11 @@ class Machine:
         for name, card in self.cards.items():
             if name.startswith("console"):
                 card.device.resize(columns, rows)
+
+    def retune(self, config) -> None:
+        """Moves its threads to where this configuration, of the same machine, has them. Raises HostError."""
+        self.tuning.change(config, self.vm.vcpus)
+        self.config = config
 
     def set_balloon(self, size: int) -> None:
         """Asks the guest to use no more than `size` bytes. Raises Unsupported without a balloon."""
@@ -224,9 +246,9 @@ class Machine:
         self._require_hotplug()
         self.hotplug.ask(self.slots.slot_of(name))
 
-    def take_ejected(self) -> list[str]:
-        """Takes out the cards that the guest has let go of: their names."""
-        slots = self.hotplug.take_ejected()
+    def take_ejected(self, asked: bool = False) -> list[str]:
+        """Takes out the cards that the guest has let go of, or was `asked` for: their names."""
+        slots = [*self.hotplug.take_ejected(), *(self.hotplug.wanted() if asked else ())] if self.hotplug else []
         names = [name for name in self.card_threads if self.slots.slot_of(name) in slots]
         for name in names:
             self._take_out(name)
@@ -262,8 +284,10 @@ class Machine:
         return self.slots.inventory()
 
     def stats(self) -> dict:
-        """Counters since the start: exits by reason, CPU time of each vCPU (ns), disks, cards."""
-        vcpus = [{"index": vcpu.index, "exits": vcpu.exit_counts(), "time": thread_time(vcpu.thread_number)}
+        """Counters since the start: exits by reason, CPU time of each vCPU (ns), what KVM counts of it, disks, cards."""
+        from kvmapp.kvmstats import read_counters, thread_time
+        vcpus = [{"index": vcpu.index, "exits": vcpu.exit_counts(), "time": thread_time(vcpu.thread_number),
+                  "kvm": read_counters(vcpu.stats_fd)}
                  for vcpu in self.vm.vcpus]
         return {"vcpus": vcpus, "balloon": self.balloon_size(),
                 "devices": {name: card.device.stats() for name, card in self.cards.items() if hasattr(card.device, "stats")}}
@@ -282,7 +306,7 @@ class Machine:
         boot = self.config.boot
         if boot.kernel is None:
             raise GuestImageError(f"Domain '{self.config.name}' has nothing to boot", "give it a kernel: [boot] kernel = FILE")
-        self.direct = DirectBoot(boot.kernel, boot.initrd, boot.cmdline)
+        self.direct = DirectBoot(boot.kernel, boot.initrd, boot.cmdline, self.cache if boot.unpack else None)
 
     def _make_vm(self) -> None:
         """Memory, chips of the kernel's, vCPUs."""
@@ -290,7 +314,8 @@ class Machine:
         if config.vcpus > kvm.most_vcpus:
             raise HostError(f"This host's KVM allows {kvm.most_vcpus} vCPUs, not {config.vcpus}", "lower the domain's vcpus")
         self.memory = GuestMemory(config.memory, mergeable=config.ksm, huge_pages=config.thp, page=HUGE_PAGES[config.hugepages],
-                                  prealloc=config.prealloc, locked=config.locked)
+                                  prealloc=config.prealloc, locked=config.locked, policy=self.tuning.policy, nodes=self.tuning.nodes,
+                                  shared=bool(config.filesystems))
         self.vm = Vm(kvm, self.memory)
         self.topology = Topology(config.vcpus)
         supported = kvm.supported_cpuid()
@@ -341,13 +366,13 @@ class Machine:
     def _add_slots(self, reset_control: ResetControl) -> None:
         """What carries the virtio devices: the PCI bus, or nothing but addresses."""
         config, pio, mmio, irqs = self.config, self.vm.pio, self.vm.mmio, self.vm.interrupts
+        self.vm.coalesce_port(PORT_PCI_CONFIG_ADDRESS, 4)    # without a PCI bus as well: a kernel looks for one there all the same
         if config.machine == "microvm":
             self.slots = MmioSlots(self.vm, acpi=config.acpi, legacy=config.virtio == "legacy")
             return
         pci = PciHost("pci", pio, mmio, irqs, mmio64_base=self.window64[0] if self.window64 else 0, reset_control=reset_control)
         self._place(pci, pio, PORT_PCI_CONFIG_ADDRESS, 8)
         self._place(pci, mmio, PCI_ECAM_BASE, PCI_ECAM_SIZE, ECAM_OFFSET)
-        self.vm.coalesce_port(PORT_PCI_CONFIG_ADDRESS, 4)
         self.slots = PciSlots(pci, irqs, config.virtio)
         self.hotplug = PciHotplug("pci-hotplug", self.acpi_pm)
         self._place(self.hotplug, pio, PORT_PCI_HOTPLUG, PORT_PCI_HOTPLUG_SIZE)
@@ -366,7 +391,7 @@ class Machine:
             backend = open_disk(disk, self.files.get(f"disk:{disk.name}"))
             device = VirtioBlk(disk.name, self.memory, backend, serial=disk.serial or "", queues=disk.queues)
             names = (f"disk {disk.name}" + (f" {number}" if number else "") for number in range(disk.threads or disk.queues))
-            self._plug(device, *map(self._thread, names))
+            self._plug(device, *[self._thread(name, poll=disk.poll * 1000) for name in names])
 
     def _add_interfaces(self) -> None:
         for interface in self.config.interfaces:
@@ -387,6 +412,10 @@ class Machine:
         if self.config.vsock:
             from kvmapp.virtio.vsock import VirtioVsock
             self._plug(VirtioVsock("vsock", self.memory, self.config.vsock.cid, self.config.vsock.path), self.io)
+        for folder in self.config.filesystems:           # whose file servers were started by those who started us (fileserver.py)
+            from kvmapp.virtio.fs import VirtioFs
+            device = VirtioFs(f"fs-{folder.tag}", self.memory, folder.tag, self.files.pop(f"filesystem:{folder.tag}", -1))
+            self._plug(device, self._thread(f"fs {folder.tag}"))
 
     def _add_watchdog(self) -> None:
         if self.config.watchdog:
@@ -448,8 +477,8 @@ class Machine:
         self.characters.append((name, backend, section))
         return backend
 
-    def _thread(self, name: str) -> IoThread:
-        thread = IoThread(name)
+    def _thread(self, name: str, poll: int = 0) -> IoThread:
+        thread = IoThread(name, poll=poll)
         self.threads.append(thread)
         return thread
 
@@ -464,15 +493,7 @@ def preload_devices() -> None:
     import kvmapp.virtio.balloon
     import kvmapp.virtio.blk
     import kvmapp.virtio.console
+    import kvmapp.virtio.fs
     import kvmapp.virtio.net
     import kvmapp.virtio.rng
     import kvmapp.virtio.vsock  # noqa: F401
-
-
-def thread_time(number: int) -> int:
-    """CPU time of one of our threads, ns (proc(5), schedstat)."""
-    try:
-        with open(f"/proc/self/task/{number}/schedstat") as file:
-            return int(file.read().split()[0])
-    except OSError:
-        return 0

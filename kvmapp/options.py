@@ -2,7 +2,7 @@
 configuration.
 
 No argparse: it would cost more time than starting the guest does. An option is `--name VALUE` or `--name=VALUE`;
-`--disk` and `--net` take sub-options, `PATH,format=raw,readonly=on`, which are the keys of their section; a comma in
+`--disk`, `--net` and `--share` take sub-options, `PATH,format=raw,readonly=on`, which are the keys of their section; a comma in
 a path is written twice.
 """
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Option:
             self.metavar = "" if setting.option_value is not None else setting.kind.metavar
 
 
-SUBOPTIONS = {"disk": "PATH[,KEY=VALUE...]", "interface": "tap=NAME|bridge=NAME|network=NAME|user[,KEY=VALUE...]"}
+SUBOPTIONS = {"disk": "PATH[,KEY=VALUE...]", "interface": "tap=NAME|bridge=NAME|network=NAME|user[,KEY=VALUE...]",
+              "filesystem": "TAG=PATH[,KEY=VALUE...]"}
 # What `kvmapp run` takes besides: (flag, metavar, help).
 RUN_EXTRAS = (
     ("--save", "FILE", "SIGUSR1 saves the guest, memory and all, to FILE and ends it (exit status 6)."),
@@ -126,6 +127,8 @@ def add_options(sections: IniSections, pairs: Iterable[tuple[str, str | None]], 
             add_disk(sections, text or "", folder, flags)
         elif option.section.kind == "interface":
             add_interface(sections, text or "", flags)
+        elif option.section.kind == "filesystem":
+            add_filesystem(sections, text or "", folder, flags)
         elif option.section.kind == "console":
             sections.setdefault("console 0", {})["type"] = "stdio"
             sections.setdefault("serial 0", {})["type"] = "null"
@@ -164,6 +167,19 @@ def add_interface(sections: IniSections, text: str, flags: Flags) -> None:
     texts["type"] = kind
     index = next(number for number in range(len(sections) + 1) if f"interface {number}" not in sections)
     put(sections, f"interface {index}", texts, "--net", flags)
+
+
+def add_filesystem(sections: IniSections, text: str, folder: str, flags: Flags) -> None:
+    first, texts = suboptions("--share", text)
+    tag, _, source = first.partition("=")
+    if not tag or bool(source) == ("socket" in texts):
+        raise UsageError(f"--share {text!r} names no tag or no folder", "--share TAG=PATH[,readonly=on], or --share TAG,socket=PATH")
+    if source:
+        texts["source"] = source
+    for key in ("source", "binary", "socket"):
+        if texts.get(key):
+            texts[key] = os.path.join(folder, texts[key])
+    put(sections, f"filesystem {tag}", texts, "--share", flags)
 
 
 def suboptions(flag: str, text: str) -> tuple[str, dict[str, str]]:

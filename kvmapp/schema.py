@@ -6,10 +6,11 @@ the man page of the format (samples.py). A setting is added here and nowhere els
 of this version is understood but not honoured yet: config.py accepts it only at its default, so that nothing an
 administrator asks for is dropped.
 
-Importing this module imports no other than values.py: the command line tools start with it.
+Importing this module imports no other than values.py and cpuset.py: the command line tools start with it.
 """
 from __future__ import annotations
 
+from kvmapp.cpuset import NODES_MOST, CpuSet
 from kvmapp.values import (
     KIB,
     MIB,
@@ -30,6 +31,7 @@ from kvmapp.values import (
     Name,
     Path,
     Permissions,
+    Quota,
     Size,
     Subnet,
     Text,
@@ -113,6 +115,57 @@ def rate_settings(way: str, where: str) -> tuple[Setting, ...]:
         Setting(f"{way}_burst", rate, live=True, example="512", help="How many kilobytes may go at the peak's speed."))
 
 
+def tuning_sections() -> tuple[Section, ...]:
+    """Where a guest runs and how much it may take of the host: libvirt's <cputune>, <numatune> and <memtune>, and their words."""
+    period, limit = Integer(1000, 1000000), Size(MIB, 64 * TIB, step=4 * KIB, bare=MIB)
+    return (
+        Section(
+            "cputune",
+            Setting("cpuset", CpuSet(), live=True, example="0-3,^2",
+                    help="The host's CPUs on which the domain runs: each vCPU without a [vcpu N] of its own, and everything else unless "
+                         "emulatorpin says where; those that the host's scheduler chooses when absent."),
+            Setting("emulatorpin", CpuSet(), live=True, example="0",
+                    help="The host's CPUs for all that is no vCPU: control and I/O threads."),
+            Setting("shares", Integer(2, 262144), 1024, live=True,
+                    help="How much CPU time the domain gets when the host is short of it, in proportion to other domains: 2048 is twice "
+                         "1024. With control groups v2 a weight of shares * 100 / 1024."),
+            Setting("period", period, 100000, live=True, help="Microseconds in which each vCPU may run for those of quota."),
+            Setting("quota", Quota(), -1, live=True,
+                    help="Microseconds that each vCPU may run in a period; -1, without a limit. 50000 of 100000 is half a CPU."),
+            Setting("global_period", period, 100000, live=True, help="Microseconds in which the whole domain may run for those of "
+                                                                     "global_quota."),
+            Setting("global_quota", Quota(), -1, live=True,
+                    help="Microseconds that the domain, all its threads together, may run in a global_period; -1, without a limit."),
+            always=True,
+            help="On which of the host's CPUs the domain runs, and for how long. Shares and quotas are not kept by `kvmapp run`."),
+        Section(
+            "vcpu",
+            Setting("cpuset", CpuSet(), required=True, live=True, example="2", help="The host's CPUs for this one."),
+            attribute="vcpu_pins",
+            word=Setting("index", Integer(0, 253), required=True, example="0", help="The vCPU, from 0."),
+            help="Where one vCPU runs."),
+        Section(
+            "numatune",
+            Setting("mode", Choice("strict", "preferred", "interleave"), "strict",
+                    help="strict, the guest's memory comes from these nodes only; preferred, from this one as long as it has any; "
+                         "interleave, from each in turn."),
+            Setting("nodeset", CpuSet("NUMA nodes", NODES_MOST), required=True, example="0",
+                    help="The host's NUMA nodes; preferred wants a single one."),
+            help="From which NUMA nodes of the host the guest's memory comes."),
+        Section(
+            "memtune",
+            Setting("hard_limit", limit, live=True, example="2 GiB",
+                    help="The most memory of the host that the domain's process may take, the guest's memory included; it is killed "
+                         "when it needs more. Leave room above memory for kvmapp itself. A bare number is in MiB."),
+            Setting("soft_limit", limit, live=True, example="1 GiB",
+                    help="What it is pushed back to when the host is short of memory (v1), or slowed down at (v2: memory.high)."),
+            Setting("swap_hard_limit", limit, live=True, example="3 GiB",
+                    help="The most memory and swap together; needs hard_limit, and is no less."),
+            always=True,
+            help="How much memory of the host the domain may take. Not kept by `kvmapp run`."),
+    )
+
+
 DOMAIN = File(
     "domain", "domains/NAME.conf",
     Section(
@@ -170,6 +223,9 @@ DOMAIN = File(
                 help="The initial RAM disk (multiboot: the first module)."),
         Setting("cmdline", Text(2047), "", option="--append", example="console=ttyS0 root=/dev/vda1",
                 help="The kernel's command line."),
+        Setting("unpack", YES_NO, True, option="--no-unpack", option_value="no",
+                help="A Linux bzImage is unpacked by the host, once for all guests and starts, and kept in /var/cache/kvmapp; else "
+                     "the guest unpacks it at each start."),
         always=True,
         help="What the guest starts from: a Linux or multiboot kernel that is loaded directly, without firmware."),
     Section(
@@ -191,6 +247,9 @@ DOMAIN = File(
         Setting("queues", Integer(1, 16), 1, help="Queues of requests, for as many vCPUs that use the disk at once."),
         Setting("threads", Integer(1, 16), example="2",
                 help="Threads of the host that serve the queues, each its share of them; one for each queue when absent."),
+        Setting("poll", Integer(0, 1000), 0,
+                help="Microseconds for which such a thread, before it sleeps, looks for the next request by itself, as long as that pays: "
+                     "less latency for more CPU time of the host. 0: never."),
         attribute="disks", option="--disk",
         word=Setting("name", DiskName(), required=True, example="vda", help="The guest's name for the disk."),
         help="A virtio disk."),
@@ -269,6 +328,23 @@ DOMAIN = File(
                      "at PATH_PORT is reached by the guest as port PORT of the host."),
         help="Sockets between guest and host, without a network."),
     Section(
+        "filesystem",
+        Setting("source", Path(), example="/srv/share", help="The host's folder that the guest sees."),
+        Setting("readonly", YES_NO, False, help="The guest may not write there."),
+        Setting("cache", Choice("auto", "none", "always"), "auto",
+                help="How long the guest may go by what it has read: auto, until it opens a file anew, and a second for names; none, not "
+                     "at all; always, for ever: for folders that nobody else writes to."),
+        Setting("binary", Path(), example="/usr/libexec/virtiofsd",
+                help="The file server's program; virtiofsd, where distributions put it, when absent."),
+        Setting("socket", Path(), example="/run/share.sock",
+                help="In the place of source: a file server for vhost-user that listens there already. What it shares, and how, is its "
+                     "own affair."),
+        attribute="filesystems", option="--share",
+        word=Setting("tag", Word(36), required=True, example="share",
+                     help="The name by which the guest mounts it: mount -t virtiofs TAG FOLDER (Linux 5.4 and later)."),
+        help="A folder of the host's that the guest mounts, by virtio-fs. A file server is started for it, which shares the guest's memory "
+             "(ksm = yes is not possible then, and thp depends on the host's setting shmem_enabled). A domain with one cannot be saved."),
+    Section(
         "debug",
         Setting("port_402", YES_NO, False, option="--debug-console", option_value="yes",
                 help="What the guest writes to I/O port 0x402 goes to the domain's log; firmware and tests use it."),
@@ -276,6 +352,7 @@ DOMAIN = File(
                 help="A write of N to I/O port 0xf4 ends the domain with exit status 2N+1 (isa-debug-exit of QEMU)."),
         always=True,
         help="Ports for those who write kernels and firmware."),
+    *tuning_sections(),
     Section(
         "graphics",
         Setting("listen", Text(64), "127.0.0.1", help="The address where a viewer may connect."),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kvmapp.core import Vm
-    from kvmapp.devices import Interrupts
+    from kvmapp.devices import Interrupts, MsiLine
     from kvmapp.hw.pci import PciFunction
     from kvmapp.hw.pci_host import PciHost
     from kvmapp.virtio.device import VirtioDevice
@@ -71,15 +71,19 @@ class MmioSlots:
     def __init__(self, vm: "Vm", *, acpi: bool, legacy: bool):
         self.vm, self.legacy = vm, legacy
         self.lines = VIRTIO_MMIO_GSIS + (VIRTIO_MMIO_GSIS_ACPI if acpi else ())
+        self.pulses: dict[int, MsiLine] = {}             # of each line in use
         self.names: list[str] = []
         self.windows: list[tuple[int, int, int]] = []    # (base, size, gsi)
 
     def plug(self, device: "VirtioDevice"):
-        """The next window, with the next line."""
+        """The next window, with the next line. Windows that share a line share its source of edges: KVM raises and lowers the pin for each
+        source by itself, and an edge of one that comes while another holds the pin up would be none."""
         from kvmapp.virtio.mmio import MMIO_ACKNOWLEDGE, MMIO_WINDOW, VirtioMmio
         number = len(self.windows)
         base, gsi = VIRTIO_MMIO_BASE + number * MMIO_WINDOW, self.lines[number % len(self.lines)]
-        window = VirtioMmio(device, self.vm.interrupts.pulse(gsi), legacy=self.legacy)
+        if gsi not in self.pulses:
+            self.pulses[gsi] = self.vm.interrupts.pulse(gsi)
+        window = VirtioMmio(device, self.pulses[gsi], legacy=self.legacy)
         window.enter(self.vm.mmio, base)
         self.vm.coalesce_memory(base + MMIO_ACKNOWLEDGE, 4)
         self.windows.append((base, MMIO_WINDOW, gsi))

@@ -6,7 +6,8 @@
 A restored machine's memory is the file, mapped privately: the guest runs before its memory is read, and the file must keep its
 contents for as long as the guest lives (a file that is removed or replaced by rename does). The guest's clocks go on as if it
 had stood still and time had not: TSC and kvmclock are set ahead by the time that went by.
-Leaves out: disks (their contents must be those of the moment of saving), and states of several formats.
+Leaves out: disks (their contents must be those of the moment of saving), machines with filesystems (a file server's state is its
+own), and states of several formats.
 """
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import time
 
 from kvmapp import __version__, statefile
 from kvmapp.config import DomainConfig
-from kvmapp.errors import KvmappError, StateError
+from kvmapp.errors import KvmappError, StateError, Unsupported
 from kvmapp.machine import Machine
 from kvmapp.state import StateReader
 from kvmapp.statefile import STRETCHES_MOST, SavedState
@@ -25,28 +26,37 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 VERSION = 1
-YEARS = 100 * 365 * 86400 * 10**9                   # more time than this has not gone by, ns
 CPUID_ENTRIES_MOST = 256
 # What of a configuration is the host's side and may be another one at the restore. Everything else the guest has seen.
+HOST_SECTIONS = {"cputune", "vcpu", "numatune", "memtune"}         # as a whole: they may be there or not
 HOST_SIDE: dict[str, set[str]] = {
     "": {"name", "uuid", "title", "description", "current_memory", "hugepages", "thp", "ksm", "prealloc",
          "locked", "cpu", "on_poweroff", "on_reboot", "on_crash", "autostart_order",
          "autostart_delay"},
     "boot": {"kernel", "initrd", "cmdline"},
-    "disk": {"source", "cache", "io", "threads"},
+    "disk": {"source", "cache", "io", "threads", "poll"},
     "interface": {"type", "source", "target", "forwards", "link"},
     "serial": {"type", "path", "log"},
     "console": {"type", "path", "log"},
     "watchdog": {"action"},
     "vsock": {"path"},
+    "filesystem": {"source", "cache", "binary", "socket"},
     "graphics": {"listen"},
 }
 
 
 def describe(machine: Machine) -> tuple[dict, dict]:
-    """(configuration, state) of a paused machine, as statefile.write takes them. Raises HostError."""
-    return machine.config.to_dict(), {"version": VERSION, "kvmapp": __version__, "time": time.time_ns(),
-                                      "machine": machine.save_state()}
+    """(configuration, state) of a paused machine, as statefile.write takes them. Raises HostError, Unsupported."""
+    require_savable(machine.config)
+    now = time.time_ns()
+    return machine.config.to_dict(), {"version": VERSION, "kvmapp": __version__, "time": now, "machine": machine.save_state(now)}
+
+
+def require_savable(config: DomainConfig) -> None:
+    """Raises Unsupported, with the name of what cannot be saved."""
+    for filesystem in config.filesystems:
+        raise Unsupported(f"Domain '{config.name}' cannot be saved: what its guest has open in filesystem '{filesystem.tag}' lives "
+                          "in the file server", "shut it down instead, or take the filesystem away")
 
 
 def write(machine: Machine, fd: int, progress: Callable[[int], None] = lambda done: None) -> int:
@@ -69,11 +79,10 @@ def restore(saved: SavedState, config: DomainConfig | None = None, files: dict[s
     original = configuration(saved)
     if config is not None:
         compare(saved.name, original, config)
-    machine = Machine(config or original, files, cpuids(state, original.vcpus))
+    machine = Machine(config or original, files, cpuids(state, original.vcpus), warn=warn)
     try:
         load_memory(machine, saved)
-        elapsed = min(max(0, time.time_ns() - when), YEARS)
-        if not machine.restore_state(state, elapsed):
+        if not machine.restore_state(state, when):
             warn("this host's TSC runs at another rate than the one where the guest was saved: a guest that keeps time by it, "
                  "not by kvmclock, will be wrong")
     except BaseException:
@@ -108,6 +117,8 @@ def guest_side(config: dict) -> dict[str, object]:
         section = attributes.get(key)
         if section is None:
             found[key] = value if key not in HOST_SIDE[""] else None
+            continue
+        if section.kind in HOST_SECTIONS:
             continue
         for one in value if isinstance(value, list) else [value] if value is not None else []:
             heading = f"{section.kind} {one[section.word.key]}" if section.word else section.kind

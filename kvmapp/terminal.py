@@ -37,10 +37,13 @@ def guarded(run) -> int:
     Signals that ask this process to end are handed on to the child.
     """
     saved = termios.tcgetattr(0)
+    handed = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, handed)       # until there is somebody to hand them on to, and we can
     child = os.fork()
     if child == 0:
         status = 1
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             status = run()
         except BaseException:           # a defect of ours; the parent could not show it
             import traceback
@@ -49,10 +52,19 @@ def guarded(run) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1):
-        signal.signal(number, lambda number, _frame: os.kill(child, number))
+
+    def hand_on(number, _frame) -> None:
+        try:
+            os.kill(child, number)
+        except ProcessLookupError:      # it has just ended, and how is all that is left to tell
+            pass
+    for number in handed:
+        signal.signal(number, hand_on)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         _, status = os.waitpid(child, 0)
     finally:
+        for number in handed:
+            signal.signal(number, signal.SIG_IGN)
         termios.tcsetattr(0, termios.TCSADRAIN, saved)
     return os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)

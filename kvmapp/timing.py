@@ -1,4 +1,5 @@
-"""`kvmapp run --timing`: where the time of a start went, as a table on standard error when the guest has ended.
+"""`kvmapp run --timing`: where the time of a start went, as a table on standard error when the guest has ended, and how often its
+vCPUs left the guest.
 
 A guest marks its own points by a line "timing: NAME" on the debug port (--debug-console). Left out: markers of a daemon's domains.
 """
@@ -21,6 +22,7 @@ class Timing:
     """Points in time, by name; ns of CLOCK_MONOTONIC."""
 
     def __init__(self) -> None:
+        self.vcpus: list[dict] = []     # their counters, at the end
         self.marks = [("process started", process_start()), ("options read", time.monotonic_ns())]
 
     def mark(self, name: str, when: int = 0) -> None:
@@ -38,6 +40,7 @@ class Timing:
     def end(self, machine: Machine) -> None:
         """The guest has ended; its machine is still there."""
         self.mark("end")
+        self.vcpus = machine.stats()["vcpus"]
         first = machine.vm.vcpus[0]
         for name, when in (("first vCPU enters the guest", first.first_entry), ("first exit", first.first_exit)):
             if when:
@@ -51,7 +54,17 @@ class Timing:
         for name, when in marks:
             lines.append(f"{(when - start) / 1e6:10.1f} {(when - before) / 1e6:+10.1f}  {name}")
             before = when
-        return "\n".join(lines) + "\n"
+        return "\n".join([*lines, *self.exits()]) + "\n"
+
+    def exits(self) -> list[str]:
+        """A line a reason for which KVM called us, and a line a counter of the kernel's own that is not zero; all vCPUs together."""
+        sums: dict[str, int] = {}
+        for vcpu in self.vcpus:
+            counters = {f"to kvmapp: {reason}": number for reason, number in vcpu["exits"].items()}
+            for name, number in {**counters, **vcpu["kvm"]}.items():
+                sums[name] = sums.get(name, 0) + number
+        lines = [f"{number:10} {'':10}  {name}" for name, number in sums.items() if number]
+        return ["exits of the vCPUs, and what else KVM counts of them:", *lines] if lines else []
 
 
 def process_start() -> int:

@@ -25,6 +25,11 @@ def is_plain(text: str) -> bool:
         for letter in text)
 
 
+def is_label(text: str) -> bool:
+    """Plain, and short enough to be a name or a reason."""
+    return len(text) < 64 and is_plain(text)
+
+
 class Kind:
     """One kind of value. The base class is one line of printable text."""
     python_type: type = str
@@ -96,6 +101,19 @@ class Integer(Kind):
 
     def describe(self) -> str:
         return f"a whole number from {self.low} to {self.high}"
+
+
+class Quota(Integer):
+    """Microseconds of CPU time in a period, as the kernel's scheduler takes them (and libvirt); -1 is no limit."""
+
+    def __init__(self) -> None:
+        super().__init__(1000, 17592186044415)
+
+    def parse(self, text: str) -> int:
+        return -1 if text == "-1" else super().parse(text)
+
+    def describe(self) -> str:
+        return f"{super().describe()}, or -1 for no limit"
 
 
 def scaled(text: str, units: dict[str, int], bare: int, expected: str) -> int:
@@ -204,13 +222,16 @@ class Word(Kind):
     """A plain word: letters, digits, dot, dash and underscore, so that it stands in a section's heading as it is."""
     metavar = "WORD"
 
+    def __init__(self, limit: int = 63):
+        self.limit = limit
+
     def parse(self, text: str) -> str:
-        if not text or len(text) > 63 or text[0] in ".-" or not WORD_CHARACTERS.issuperset(text):
+        if not text or len(text) > self.limit or text[0] in ".-" or not WORD_CHARACTERS.issuperset(text):
             raise ValueError(self.describe())
         return text
 
     def describe(self) -> str:
-        return "letters, digits, dots, dashes and underscores, at most 63"
+        return f"letters, digits, dots, dashes and underscores, at most {self.limit}"
 
 
 class DiskName(Kind):

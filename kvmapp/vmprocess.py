@@ -13,7 +13,7 @@ from kvmapp.devices import PowerEvent, set_log
 from kvmapp.errors import BadRequest, KvmappError
 from kvmapp.loop import Loop
 from kvmapp.machine import Machine, preload_devices
-from kvmapp.vmdevices import DeviceVerbs
+from kvmapp.vmdevices import DeviceVerbs, wanted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 EXIT_POWER_OFF, EXIT_ERROR, EXIT_RESET, EXIT_CRASH, EXIT_DESTROYED, EXIT_SAVED = 0, 1, 3, 4, 5, 6
 
 TRIPLE_FAULT = 8                        # KVM_EXIT_SHUTDOWN, the code of a reset that the run loop asks for
+TUNABLE = {"cputune", "vcpu_pins", "memtune"}        # what `tune` may change
 RESET_CAUSES = {TRIPLE_FAULT: "the guest reset by a triple fault"}
 
 
@@ -61,6 +62,7 @@ class Domain(DeviceVerbs):
         self.saving: Saving | None = None
         self.saved_from = self.state, self.reason       # what the domain goes back to when the saving fails
         self.mark: Callable[[str], None] | None = None  # hears of the points of a start
+        self.warnings: list[str] = []                   # of a restored machine, for whoever asked for it
         self.debug_port = LogPort(loop, machine.debug_console, log) if machine.debug_console else None
 
     # The life cycle.
@@ -76,6 +78,7 @@ class Domain(DeviceVerbs):
             if self.mark:
                 self.mark("kernel loaded")
         if paused:
+            self.machine.start_vcpus()              # so that they are there to be looked at and placed
             self.change("paused", "user")
             return
         self.machine.resume()
@@ -125,6 +128,8 @@ class Domain(DeviceVerbs):
     # What the guest asks for.
 
     def power_event(self, _events: int) -> None:
+        if self.ending:                                 # by the host, in the same round of the loop: nothing of the guest counts any more
+            return
         self.machine.pause()
         event, code = self.machine.power.take()
         if event == PowerEvent.POWER_OFF and self.reboot_asked:
@@ -155,7 +160,7 @@ class Domain(DeviceVerbs):
         else:
             if event == PowerEvent.CRASH_KERNEL:
                 self.log("the guest panicked: its crash kernel goes on")
-            self.machine.resume()
+            self.go_on()
 
     def watchdog_expired(self, action: str) -> None:
         """The machine is paused."""
@@ -172,6 +177,11 @@ class Domain(DeviceVerbs):
             self.log(f"{text}: {'pressing the power button' if action == 'shutdown' else 'nothing is done'}")
             if action == "shutdown":
                 self.machine.press_power_button()
+            self.go_on()
+
+    def go_on(self) -> None:
+        """After a pause to hear what the guest tells; a wish may also have been voided, by a reset, before it was heard."""
+        if self.state == "running":
             self.machine.resume()
 
     def act(self, action: str, ending: Ending) -> None:
@@ -189,7 +199,8 @@ class Domain(DeviceVerbs):
         """A power cycle in place."""
         self.reboot_asked = False
         try:
-            self.machine.reset()
+            for device in self.machine.reset():
+                self.device_removed(device)
             self.machine.boot()
         except KvmappError as error:                    # the kernel file went away since the start
             self.end(Ending("failed", f"cannot boot again: {error.message}", EXIT_ERROR))
@@ -203,12 +214,17 @@ class Domain(DeviceVerbs):
         if self.state not in states:
             raise WrongState(f"Domain '{self.config.name}' is {self.state}", f"this needs a domain that is {' or '.join(states)}")
 
+    def require_no_wish(self) -> None:
+        """The machine is paused, to stay so: `power_event`, which comes next, might let it go on, or begin anew."""
+        if self.machine.power.asked:
+            raise WrongState(f"Domain '{self.config.name}' has just powered off or reset", "look at its state, then try again")
+
     def verb_status(self, _connection, _request) -> dict:
         config = self.config
         return {"name": config.name, "uuid": config.uuid, "pid": os.getpid(), "state": self.state, "reason": self.reason,
                 "started": self.started, "vcpus": config.vcpus, "memory": config.memory, "balloon": self.machine.balloon_size(),
                 "acpi": config.acpi, "devices": self.machine.inventory(), "consoles": list(self.ports),
-                "saved": self.saving.written if self.saving else None,
+                "saved": self.saving.written if self.saving else None, "warnings": self.warnings,
                 "ttys": {name: port.sink.path for name, port in self.ports.items()}}
 
     def verb_stats(self, _connection, _request) -> dict:
@@ -241,6 +257,7 @@ class Domain(DeviceVerbs):
     def verb_suspend(self, _connection, _request) -> dict:
         self.require("running", "paused")
         self.machine.pause()
+        self.require_no_wish()
         self.change("paused", "user")
         return {}
 
@@ -248,8 +265,9 @@ class Domain(DeviceVerbs):
         self.require("paused", "running")
         if self.state == "paused" and self.reason not in ("user", "watchdog"):
             raise WrongState(f"Domain '{self.config.name}' ended and was preserved", "reset or destroy it")
-        self.machine.resume()
-        self.change("running", "unpaused")
+        if self.state == "paused":
+            self.machine.resume()
+            self.change("running", "unpaused")
         return {}
 
     def verb_destroy(self, _connection, _request) -> dict:
@@ -292,17 +310,22 @@ class Domain(DeviceVerbs):
     def save(self, done: "Callable[[KvmappError | None], None]", path: str = "", fd: int = -1) -> None:
         """Stops the guest and starts to write it. `done` hears of the end, before the domain ends or goes on. Raises KvmappError."""
         from kvmapp.saving import Saving  # a domain that is never saved goes without
+        from kvmapp.snapshot import require_savable
+        was_running = False
         try:
             self.require("running", "paused")
+            require_savable(self.config)
+            was_running = self.state == "running"
             self.machine.pause()
-            if self.machine.power.asked:
-                raise WrongState(f"Domain '{self.config.name}' has just powered off or reset", "look at its state, then try again")
+            self.require_no_wish()
+            self.device_ejected(0)                      # a card that the guest has just let go of is no part of what is saved
             self.saved_from = self.state, self.reason
-            self.saving = Saving(self.machine, self.loop, lambda error: self.save_over(error, done, path), path, fd)
+            file, fd = fd, -1                           # Saving closes it, whatever becomes of it
+            self.saving = Saving(self.machine, self.loop, lambda error: self.save_over(error, done, path), path, file)
         except BaseException:
             if fd >= 0:
                 os.close(fd)
-            if self.state == "running":
+            if was_running:
                 self.machine.resume()
             raise
         self.change("saving", "saving")
@@ -334,6 +357,17 @@ class Domain(DeviceVerbs):
         self.machine.set_balloon(size)
         return {"balloon": self.machine.balloon_size()}
 
+    def verb_tune(self, _connection, request) -> dict:
+        """`settings` are cputune, vcpu_pins and memtune as DomainConfig.to_dict gives them. Threads move at once; what they say of
+        limits is noted only, for a saved state: control groups are the daemon's."""
+        settings = wanted(request, "settings", dict)
+        if unknown := settings.keys() - TUNABLE:
+            raise BadRequest(f"'settings' has {min(unknown)!r}", f"known: {', '.join(sorted(TUNABLE))}")
+        config = type(self.config).from_dict({**self.config.to_dict(), **settings})
+        self.machine.retune(config)
+        self.config = config
+        return {}
+
     def verb_subscribe(self, connection, _request) -> dict:
         connection.subscribed = True
         return {}
@@ -347,19 +381,24 @@ class Domain(DeviceVerbs):
         return port.open(connection, bool(request.get("force")))
 
 
-def run_domain(config, *, control, log_fd: int, files: dict[str, int], run_dir: str, drop=None, paused: bool = False) -> int:
+def run_domain(config, *, control, log_fd: int, files: dict[str, int], run_dir: str, drop=None, paused: bool = False,
+               cache: str | None = None) -> int:
     """A domain's whole life, in a process of its own; the exit status for os._exit.
 
     `files` holds descriptors opened by the daemon ('interface:0', ...; 'restore' is a saved state to go on from). `drop()` gives up
-    privileges when everything is open.
+    privileges when everything is open. `cache` is the folder of unpacked kernels.
     """
     set_log(log_fd)
     log = Log(log_fd)
     loop = Loop()
     try:
         restored = "restore" in files
-        machine = restored_machine(config, files, log) if restored else Machine(config, files)
+        warnings: list[str] = []
+        machine = restored_machine(config, files, warnings.append) if restored else Machine(config, files, cache=cache)
         domain = Domain(config, machine, loop, log)
+        domain.warnings = warnings
+        for text in warnings:
+            log(f"warning: {text}")
         for name, backend, section in machine.characters:
             sink = Sink() if section.type == "stdio" else open_sink(section)        # there is no terminal here
             domain.ports[name] = ConsolePort(loop, name, backend, sink, open_log(section))
@@ -378,13 +417,13 @@ def run_domain(config, *, control, log_fd: int, files: dict[str, int], run_dir: 
     return domain.ending.exit
 
 
-def restored_machine(config, files: dict[str, int], log) -> Machine:
+def restored_machine(config, files: dict[str, int], warn: "Callable[[str], None]") -> Machine:
     """The machine of a saved state, whose file lies open in `files`. Raises KvmappError."""
     from kvmapp import snapshot, statefile
     fd = files.pop("restore")
     try:
         saved = statefile.read(fd, config.name)
-        return snapshot.restore(saved, config, files, lambda text: log(f"warning: {text}"))
+        return snapshot.restore(saved, config, files, warn)
     finally:
         os.close(fd)
 

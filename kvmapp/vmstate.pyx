@@ -2,8 +2,11 @@
 
 Documentation/virt/kvm/api.rst. A reset puts back what was saved right after creation; a snapshot uses the same dicts. An MSR that
 KVM lists and yet will not read or take is passed over (some hosts have such); anything else that it refuses is an error.
+
+A `moment` is a time of the host's wall clock, ns: saved clocks are those of that moment, and are put back as the time since then has
+moved them on, however long the saving and the restoring of one after the other take. 0: they are saved and put back as they stand.
 """
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport UINT64_MAX, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
@@ -16,7 +19,7 @@ from kvmapp.abi.kvm cimport (KVM_GET_CLOCK, KVM_GET_DEBUGREGS, KVM_GET_IRQCHIP, 
                              kvm_clock_data, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_msr_list,
                              kvm_msrs, kvm_pit_state2, kvm_regs, kvm_sregs,
                              kvm_vcpu_events, kvm_xcrs, kvm_xsave)
-from kvmapp.abi.posix cimport errno, ioctl
+from kvmapp.abi.posix cimport CLOCK_REALTIME, clock_gettime, errno, ioctl, timespec
 
 import os
 
@@ -27,7 +30,10 @@ cdef enum:
     MSR_IA32_TSC = 0x10
     MSR_IA32_TSC_DEADLINE = 0x6E0
     MSR_BATCH = 512
+    XSTATE_BV = 512                                            # where in an XSAVE area it stands: the components that it holds
     TSC_PPM = 500                                              # a rate that differs by less is the same clock, measured again
+
+cdef int64_t YEARS = <int64_t>100 * 365 * 86400 * 1000000000   # more time than this has not gone by, ns
 
 VCPU_VERSION = 1
 VM_VERSION = 1
@@ -66,32 +72,43 @@ cpdef list msr_indexes(int kvm_fd):
         free(known)
 
 
-cpdef dict save_vcpu(int fd, list indexes):
-    """One paused vCPU's state. Raises HostError."""
+cpdef dict save_vcpu(int fd, list indexes, uint64_t moment=0):
+    """One paused vCPU's state, its TSC as it was at the moment. Raises HostError."""
     state = {"version": VCPU_VERSION}
     # mp_state first: the question makes KVM act on an INIT or SIPI that has come, and that changes the registers.
     for name, get, _, size in AFTER_MSRS[::-1] + BEFORE_MSRS:
         state[name] = get_block(fd, name, get, size)
-    state["msrs"] = get_msrs(fd, indexes)
     state["tsc_khz"] = tsc_khz(fd)
+    state["msrs"] = get_msrs(fd, indexes, moment, state["tsc_khz"])
     return state
 
 
-cpdef int restore_vcpu(int fd, dict state, uint64_t elapsed=0) except -1:
-    """Puts a paused vCPU back, its TSC as if `elapsed` ns had passed. Raises StateError for a state that is not one, HostError where
-    KVM refuses. 1: the TSC runs at another rate than it did, and this host cannot help it."""
+cpdef int restore_vcpu(int fd, dict state, uint64_t moment=0, uint64_t components=UINT64_MAX) except -1:
+    """Puts a paused vCPU back, its TSC as if it had run since the moment. Raises StateError for a state that is not one, HostError
+    where KVM refuses. 1: the TSC runs at another rate than it did, and this host cannot help it.
+
+    `components`: the XSAVE state components that the guest can have (bits of XCR0). KVMs before Linux 6.6 save all that their host has,
+    which another host refuses.
+    """
     reader = StateReader("vcpu", state, VCPU_VERSION)
     blocks = {name: reader.data(name, size, size) for name, _, _, size in BEFORE_MSRS + AFTER_MSRS}
+    blocks["xsave"] = only_components(blocks["xsave"], components)
     msrs = reader.data("msrs", MSR_BATCH * 12)
     cdef uint32_t khz = reader.uint("tsc_khz", 2**32 - 1)
     reader.done()
     cdef bint drifts = set_tsc_khz(fd, khz) < 0
     for name, _, put, size in BEFORE_MSRS:
         set_block(fd, name, put, blocks[name])
-    set_msrs(fd, msrs, <object>elapsed * khz // 1000000 & 0xFFFF_FFFF_FFFF_FFFF)
+    set_msrs(fd, msrs, moment, khz)
     for name, _, put, size in AFTER_MSRS:
         set_block(fd, name, put, blocks[name])
     return drifts
+
+
+cdef bytes only_components(bytes area, uint64_t components):
+    """An XSAVE area of which the other components are as after a reset (Intel SDM 1, 13.4.2)."""
+    held = int.from_bytes(area[XSTATE_BV:XSTATE_BV + 8], "little") & components
+    return area[:XSTATE_BV] + held.to_bytes(8, "little") + area[XSTATE_BV + 8:]
 
 
 cpdef int tell_stopped(int fd) except -1:
@@ -113,8 +130,8 @@ cdef int set_tsc_khz(int fd, uint32_t khz) except? -1:
     return 0 if ioctl(fd, KVM_SET_TSC_KHZ, <unsigned long>khz) == 0 else -1
 
 
-cpdef dict save_vm(int fd):
-    """irqchip, PIT and kvmclock of a paused VM. Raises HostError."""
+cpdef dict save_vm(int fd, uint64_t moment=0):
+    """irqchip, PIT and kvmclock of a paused VM, the clock as it was at the moment. Raises HostError."""
     cdef kvm_irqchip chip
     cdef kvm_clock_data clock
     state = {"version": VM_VERSION}
@@ -127,27 +144,42 @@ cpdef dict save_vm(int fd):
     memset(&clock, 0, sizeof(clock))
     if ioctl(fd, KVM_GET_CLOCK, &clock) < 0:
         raise failed("KVM_GET_CLOCK")
-    state["clock"] = clock.clock
+    state["clock"] = max(0, <int64_t>clock.clock - ns_since(moment))
     return state
 
 
-cpdef int restore_vm(int fd, dict state, uint64_t elapsed=0) except -1:
-    """Puts irqchip, PIT and kvmclock back, the clock `elapsed` ns later. Raises StateError or HostError."""
+cpdef int restore_vm(int fd, dict state, uint64_t moment=0) except -1:
+    """Puts irqchip, PIT and kvmclock back, the clock as if it had run since the moment. Raises StateError or HostError."""
     cdef kvm_clock_data clock
     reader = StateReader("vm", state, VM_VERSION)
     chips = [reader.data(name, sizeof(kvm_irqchip), sizeof(kvm_irqchip)) for name, _ in IRQCHIPS]
     pit = reader.data("pit", sizeof(kvm_pit_state2), sizeof(kvm_pit_state2))
     memset(&clock, 0, sizeof(clock))
-    clock.clock = <uint64_t>reader.uint("clock", 2**63 - 1) + elapsed
+    clock.clock = reader.uint("clock", 2**63 - 1)
     reader.done()
     for (name, number), chip in zip(IRQCHIPS, chips):
         if int.from_bytes(chip[:4], "little") != number:
             raise StateError(f"vm: '{name}' holds another chip's state")
         set_block(fd, name, KVM_SET_IRQCHIP, chip)
     set_block(fd, "pit", KVM_SET_PIT2, pit)
+    clock.clock += ns_since(moment)
     if ioctl(fd, KVM_SET_CLOCK, &clock) < 0:
         raise failed("KVM_SET_CLOCK")
     return 0
+
+
+cdef int64_t ns_since(uint64_t moment) noexcept:
+    """How long ago the moment was; 0 when it is none, or in the future."""
+    cdef timespec now
+    if moment == 0:
+        return 0
+    clock_gettime(CLOCK_REALTIME, &now)
+    return min(max(0, <int64_t>now.tv_sec * 1000000000 + now.tv_nsec - <int64_t>moment), YEARS)
+
+
+cdef uint64_t ticks_since(uint64_t moment, uint32_t khz):
+    """How far a TSC of this rate has gone since."""
+    return <object>ns_since(moment) * khz // 1000000 & 0xFFFF_FFFF_FFFF_FFFF
 
 
 cdef bytes get_block(int fd, str name, unsigned long request, uint32_t size):
@@ -167,22 +199,28 @@ cdef int set_block(int fd, str name, unsigned long request, bytes value) except 
     return 0
 
 
-cdef bytes get_msrs(int fd, list indexes):
-    """(index u32, value u64) pairs of those MSRs that this KVM lets us read, little-endian."""
+cdef bytes get_msrs(int fd, list indexes, uint64_t moment, uint32_t khz):
+    """(index u32, value u64) pairs of those MSRs that this KVM lets us read, little-endian; the TSC, which comes first for it is read
+    right after a look at the clock, as it was at the moment."""
     cdef kvm_msrs* batch = <kvm_msrs*>calloc(1, sizeof(kvm_msrs) + MSR_BATCH * sizeof(kvm_msr_entry))
+    cdef uint64_t ticks
     cdef int done
     if batch == NULL:
         raise MemoryError()
-    left = list(indexes[:MSR_BATCH])
+    left = sorted(indexes[:MSR_BATCH], key=place)
     pairs = []
     try:
         while left:
             batch.nmsrs = len(left)
             for i, index in enumerate(left):
                 batch.entries[i].index = index
+            ticks = ticks_since(moment, khz)
             done = ioctl(fd, KVM_GET_MSRS, batch)
             if done < 0:
                 raise failed("KVM_GET_MSRS")
+            for i in range(done):
+                if batch.entries[i].index == MSR_IA32_TSC:
+                    batch.entries[i].data -= ticks
             pairs += [pack_msr(batch.entries[i].index, batch.entries[i].data) for i in range(done)]
             del left[:done + 1]                                # the one after the last read is refused: leave it out
         return b"".join(pairs)
@@ -190,9 +228,8 @@ cdef bytes get_msrs(int fd, list indexes):
         free(batch)
 
 
-cdef int set_msrs(int fd, bytes pairs, uint64_t ticks) except -1:
-    """Sets them in order, the TSC ahead by `ticks`, its deadline last (it is relative to the TSC); an MSR that KVM refuses is passed
-    over."""
+cdef int set_msrs(int fd, bytes pairs, uint64_t moment, uint32_t khz) except -1:
+    """Sets them, the TSC first (as above), its deadline last (it is relative to the TSC); an MSR that KVM refuses is passed over."""
     if len(pairs) % 12:
         raise StateError("vcpu: 'msrs' is not made of 12-byte pairs")
     cdef kvm_msrs* batch = <kvm_msrs*>calloc(1, sizeof(kvm_msrs) + MSR_BATCH * sizeof(kvm_msr_entry))
@@ -201,15 +238,15 @@ cdef int set_msrs(int fd, bytes pairs, uint64_t ticks) except -1:
         raise MemoryError()
     left = [(int.from_bytes(pairs[i:i + 4], "little"), int.from_bytes(pairs[i + 4:i + 12], "little"))
             for i in range(0, len(pairs), 12)]
-    left.sort(key=is_deadline)
+    left.sort(key=lambda pair: place(pair[0]))
     try:
         while left:
             batch.nmsrs = len(left)
             for i, (index, value) in enumerate(left):
                 batch.entries[i].index = index
                 batch.entries[i].data = value
-                if index == MSR_IA32_TSC:
-                    batch.entries[i].data += ticks
+            if left[0][0] == MSR_IA32_TSC:
+                batch.entries[0].data += ticks_since(moment, khz)
             done = ioctl(fd, KVM_SET_MSRS, batch)
             if done < 0:
                 raise failed("KVM_SET_MSRS")
@@ -219,8 +256,9 @@ cdef int set_msrs(int fd, bytes pairs, uint64_t ticks) except -1:
         free(batch)
 
 
-def is_deadline(pair):
-    return pair[0] == MSR_IA32_TSC_DEADLINE
+def place(index):
+    """Where in the order of reading and writing."""
+    return {MSR_IA32_TSC: 0, MSR_IA32_TSC_DEADLINE: 2}.get(index, 1)
 
 
 cdef bytes pack_msr(uint32_t index, uint64_t value):

@@ -150,13 +150,14 @@ def run(runner, request: dict, fds: list[int]) -> int:
     os.setsid()
     set_title(f"kvmapp: {request['config']['name']}")
     use_log(files["log"])
+    join_groups(files)
     forbid_new_rights()
     reset_oom_score()
     control = socket.socket(fileno=files.pop("control"))
     control.listen(64)                  # again, by us: SO_PEERCRED tells a client who listened, and that must be this process
     config = DomainConfig.from_dict(request["config"])
     return runner.run_domain(config, control=control, log_fd=files.pop("log"), files=files, run_dir=request["run_dir"],
-                             drop=lambda: drop(request["uid"], request["gid"]), paused=request["paused"])
+                             drop=lambda: drop(request["uid"], request["gid"]), paused=request["paused"], cache=request["cache"])
 
 
 def use_log(fd: int) -> None:
@@ -167,6 +168,15 @@ def use_log(fd: int) -> None:
     os.dup2(fd, 2)
     if null > 2:
         os.close(null)
+
+
+def join_groups(files: dict[str, int]) -> None:
+    """Into the control groups that limit us, before we take anything. One that cannot be joined is the daemon's to tell."""
+    for name in [name for name in files if name.startswith("cgroup:")]:
+        fd = files.pop(name)
+        with suppress(OSError):
+            os.write(fd, b"0")          # who writes
+        os.close(fd)
 
 
 def reset_oom_score() -> None:

@@ -32,6 +32,7 @@ cdef extern from "<liburing.h>" nogil:
     io_uring_sqe* io_uring_get_sqe(io_uring* ring)
     unsigned int io_uring_sq_ready(const io_uring* ring)
     int io_uring_submit(io_uring* ring)
+    unsigned int io_uring_cq_ready(io_uring* ring)
     unsigned int io_uring_peek_batch_cqe(io_uring* ring, io_uring_cqe** cqes, unsigned int count)
     void io_uring_cq_advance(io_uring* ring, unsigned int count)
     void io_uring_sqe_set_data(io_uring_sqe* sqe, void* data)

@@ -7,6 +7,7 @@ cdef extern from "<errno.h>" nogil:
     int errno
     int EINTR, EAGAIN, EPERM, EINVAL, EIO, ENOSPC, ENOTSUP, EOPNOTSUPP, EEXIST, ENOENT, ENOMEM, EBADF, EPIPE, ENOSYS, ENODEV
     int EBUSY, ECANCELED, ENOTTY, ERANGE, EROFS, ESHUTDOWN
+    int EPROTO, ECONNRESET, ETIMEDOUT, ENOTCONN
 
 
 cdef extern from "<unistd.h>" nogil:
@@ -40,7 +41,7 @@ cdef extern from "<sys/ioctl.h>" nogil:
 
 cdef extern from "<sys/mman.h>" nogil:
     int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_SHARED, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED, MAP_HUGETLB, MAP_POPULATE
-    int MADV_HUGEPAGE, MADV_MERGEABLE, MADV_DONTNEED, MADV_DONTDUMP
+    int MADV_HUGEPAGE, MADV_MERGEABLE, MADV_DONTNEED, MADV_DONTDUMP, MADV_REMOVE
     void* MAP_FAILED
     void* mmap(void* address, size_t length, int prot, int flags, int fd, off_t offset)
     int munmap(void* address, size_t length)
@@ -55,6 +56,18 @@ cdef extern from *:
     static inline int own_thread_number(void) { return (int)syscall(SYS_gettid); }
     """
     int own_thread_number() noexcept nogil        # gettid, which glibc has only from 2.30 on
+
+
+cdef extern from *:
+    """
+    #include <stdint.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+    static inline int bind_memory(void* address, size_t length, int policy, const uint64_t* nodes, unsigned long bits) {
+        return (int)syscall(SYS_mbind, address, length, policy, nodes, bits, 0);
+    }
+    """
+    int bind_memory(void* address, size_t length, int policy, const uint64_t* nodes, unsigned long bits) nogil    # mbind(2)
 
 
 cdef extern from "<sys/eventfd.h>" nogil:
@@ -146,17 +159,23 @@ cdef extern from *:
     #define atomic_load_u64(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
     #define atomic_store_u64(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
     #define atomic_exchange_u32(p, v) __atomic_exchange_n((p), (v), __ATOMIC_ACQ_REL)
+    #define atomic_exchange_u64(p, v) __atomic_exchange_n((p), (v), __ATOMIC_ACQ_REL)
+    #define atomic_swap_u64(p, old, v) __atomic_compare_exchange_n((p), (old), (v), 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)
     #define atomic_or_u32(p, v) __atomic_fetch_or((p), (v), __ATOMIC_ACQ_REL)
     #define atomic_fence_release() __atomic_thread_fence(__ATOMIC_RELEASE)
     #define atomic_fence_acquire() __atomic_thread_fence(__ATOMIC_ACQUIRE)
     #define atomic_fence() __atomic_thread_fence(__ATOMIC_SEQ_CST)
+    #define cpu_relax() __builtin_ia32_pause()
     """
     uint32_t atomic_load_u32(const uint32_t* p) noexcept nogil
     void atomic_store_u32(uint32_t* p, uint32_t v) noexcept nogil
     uint64_t atomic_load_u64(const uint64_t* p) noexcept nogil
     void atomic_store_u64(uint64_t* p, uint64_t v) noexcept nogil
     uint32_t atomic_exchange_u32(uint32_t* p, uint32_t v) noexcept nogil
+    uint64_t atomic_exchange_u64(uint64_t* p, uint64_t v) noexcept nogil
+    bint atomic_swap_u64(uint64_t* p, uint64_t* old, uint64_t v) noexcept nogil     # False: `old` is what stood there instead
     uint32_t atomic_or_u32(uint32_t* p, uint32_t v) noexcept nogil
     void atomic_fence_release() noexcept nogil
     void atomic_fence_acquire() noexcept nogil
     void atomic_fence() noexcept nogil
+    void cpu_relax() noexcept nogil      # in a loop that waits for another thread: lets the core's other thread run

@@ -8,7 +8,7 @@ cdef extern from "<sys/socket.h>" nogil:
         pass
     int AF_UNIX, SOCK_STREAM, SOCK_NONBLOCK, SOCK_CLOEXEC
     int MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
-    int SHUT_RD, SHUT_WR
+    int SHUT_RD, SHUT_WR, SHUT_RDWR
     int socket(int domain, int kind, int protocol)
     int accept4(int fd, sockaddr* address, socklen_t* length, int flags)
     int connect(int fd, const sockaddr* address, socklen_t length)

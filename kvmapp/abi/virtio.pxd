@@ -55,6 +55,14 @@ cdef extern from "linux/virtio_ids.h" nogil:
         VIRTIO_ID_NET, VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_RNG, VIRTIO_ID_BALLOON, VIRTIO_ID_VSOCK, VIRTIO_ID_SCSI, VIRTIO_ID_9P
 
 
+cdef extern from *:
+    """
+    #define KVMAPP_VIRTIO_ID_FS 26                    /* not in the headers of CentOS 7 and 8 */
+    """
+    enum:
+        VIRTIO_ID_FS "KVMAPP_VIRTIO_ID_FS"
+
+
 cdef extern from "linux/virtio_pci.h" nogil:
     enum:
         VIRTIO_PCI_CAP_COMMON_CFG, VIRTIO_PCI_CAP_NOTIFY_CFG, VIRTIO_PCI_CAP_ISR_CFG, VIRTIO_PCI_CAP_DEVICE_CFG

@@ -101,6 +101,7 @@ cdef class BlockChannel:
     cdef void accept(self, BlockRequest* request) noexcept nogil
     cdef void start(self) noexcept nogil
     cdef void collect(self) noexcept nogil
+    cdef bint has_done(self) noexcept nogil
     cdef void wait(self) noexcept nogil
     cdef void release(self) noexcept
     cdef void finish(self, BlockRequest* request, int result) noexcept nogil

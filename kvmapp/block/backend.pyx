@@ -153,6 +153,10 @@ cdef class BlockChannel:
     cdef void collect(self) noexcept nogil:
         """Calls `finish` for the requests that were done since; does not wait."""
 
+    cdef bint has_done(self) noexcept nogil:
+        """Whether `collect` would find something, told without a system call, for threads that poll."""
+        return False
+
     cdef void wait(self) noexcept nogil:
         """Returns when `collect` may find something. Called only with requests in flight."""
 

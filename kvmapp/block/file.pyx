@@ -17,8 +17,17 @@ cdef enum:
 cdef class ChannelEvent(EventSource):
     """A descriptor of the host's that tells the channel's thread to go on."""
 
+    def __cinit__(self):
+        self.can_look = True
+
     cdef void ready(self, uint32_t events) noexcept nogil:
         self.channel.commit()
+
+    cdef bint look(self) noexcept nogil:
+        if not self.channel.has_done():
+            return False
+        self.channel.commit()
+        return True
 
 
 cdef class FileChannel(BlockChannel):
@@ -94,6 +103,9 @@ cdef class FileChannel(BlockChannel):
             self.with_workers -= 1
             self.finish(request, request.result)
             request = after
+
+    cdef bint has_done(self) noexcept nogil:
+        return self.with_workers != 0 and self.workers.done.first != NULL       # read without its lock: `collect` looks again
 
     cdef void wait(self) noexcept nogil:
         cdef pollfd event

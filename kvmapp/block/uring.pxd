@@ -12,5 +12,5 @@ cdef class UringChannel(FileChannel):
     cdef uint32_t room               # completions that the ring holds
     cdef uint32_t in_ring
 
-    cdef int open_ring(self) except -1
+    cdef int open_ring(self, bint polled) except -1
     cdef void take(self, io_uring_cqe* cqe) noexcept nogil

@@ -10,13 +10,12 @@ from libc.string cimport memset
 from kvmapp.abi.blockdev cimport RWF_DSYNC
 from kvmapp.abi.epoll cimport EPOLLIN
 from kvmapp.abi.io_uring cimport (IORING_FSYNC_DATASYNC, IORING_OP_FSYNC, IORING_OP_READ, IORING_OP_READV, IORING_OP_WRITE,
-                                  IORING_OP_WRITEV, IORING_SETUP_COOP_TASKRUN, IORING_SETUP_CQSIZE, IOSQE_FIXED_FILE,
-                                  io_uring_cq_advance, io_uring_cqe_get_data, io_uring_free_probe, io_uring_get_probe_ring,
-                                  io_uring_get_sqe, io_uring_opcode_supported, io_uring_params, io_uring_peek_batch_cqe,
-                                  io_uring_prep_fsync, io_uring_prep_read, io_uring_prep_readv, io_uring_prep_write,
-                                  io_uring_prep_writev, io_uring_probe, io_uring_queue_exit, io_uring_queue_init_params,
-                                  io_uring_register_files, io_uring_sq_ready, io_uring_sqe, io_uring_sqe_set_data,
-                                  io_uring_submit)
+                                  IORING_OP_WRITEV, IORING_SETUP_COOP_TASKRUN, IORING_SETUP_CQSIZE, IOSQE_FIXED_FILE, io_uring_cq_advance,
+                                  io_uring_cq_ready, io_uring_cqe_get_data, io_uring_free_probe, io_uring_get_probe_ring, io_uring_get_sqe,
+                                  io_uring_opcode_supported, io_uring_params, io_uring_peek_batch_cqe, io_uring_prep_fsync,
+                                  io_uring_prep_read, io_uring_prep_readv, io_uring_prep_write, io_uring_prep_writev, io_uring_probe,
+                                  io_uring_queue_exit, io_uring_queue_init_params, io_uring_register_files, io_uring_sq_ready,
+                                  io_uring_sqe, io_uring_sqe_set_data, io_uring_submit)
 from kvmapp.abi.posix cimport (EAGAIN, ECANCELED, EINTR, EINVAL, ENOSYS, EOPNOTSUPP, POLLIN, nanosleep, poll, pollfd, timespec)
 from kvmapp.block.backend cimport BLOCK_FLUSH, BLOCK_READ, BLOCK_WRITE, BlockBackend
 from kvmapp.block.transfer cimport HostFile, advance, is_copy, is_misaligned, needs_sync, note_flush, note_write
@@ -41,7 +40,7 @@ cdef class UringChannel(FileChannel):
     cdef int attach(self, BlockBackend disk, HostFile* file, object thread) except -1:
         """Raises OSError where the kernel has no io_uring, lacks an operation, or forbids it."""
         self.file = file
-        self.open_ring()
+        self.open_ring(thread is not None and thread.polls)
         FileChannel.attach(self, disk, file, thread)
         self.ring_event = ChannelEvent()
         self.ring_event.channel = self
@@ -50,13 +49,14 @@ cdef class UringChannel(FileChannel):
             thread.add(self.ring_event, EPOLLIN)
         return 0
 
-    cdef int open_ring(self) except -1:
+    cdef int open_ring(self, bint polled) except -1:
+        """`polled`: the kernel shall show what is done at once, and not only when the thread next calls it."""
         cdef io_uring_params params
         cdef io_uring_probe* probe
         cdef int result, operation
         cdef bint whole = True
         memset(&params, 0, sizeof(params))
-        params.flags = IORING_SETUP_CQSIZE | IORING_SETUP_COOP_TASKRUN
+        params.flags = IORING_SETUP_CQSIZE | (0 if polled else IORING_SETUP_COOP_TASKRUN)
         params.cq_entries = COMPLETIONS
         result = io_uring_queue_init_params(SUBMISSIONS, &self.ring, &params)
         if result == -EINVAL:        # before Linux 5.19
@@ -162,6 +162,9 @@ cdef class UringChannel(FileChannel):
             self.give_workers(request)
         else:
             self.finish(request, result)
+
+    cdef bint has_done(self) noexcept nogil:
+        return (self.in_ring != 0 and io_uring_cq_ready(&self.ring) != 0) or FileChannel.has_done(self)
 
     cdef void wait(self) noexcept nogil:
         cdef pollfd events[2]

@@ -28,6 +28,7 @@ DROPPED = {5, 0x12, 0x14, 0x8000_001B, 0x8000_001C, 0x8000_001F, 0x8000_0026}
 SVM_LEAF = 0x8000_000A
 TOPOLOGY_LEAVES = (0xB, 0x1F)
 LEVEL_THREAD, LEVEL_CORE = 1, 2
+X87_AND_SSE = 3                                                  # the XSAVE state components of every CPU
 
 # x86-64-v2: what it demands, as (function, register) -> {bit: name}; registers are positions in an Entry.
 EAX, EBX, ECX, EDX = 3, 4, 5, 6
@@ -130,6 +131,12 @@ def lacking_features(shown: list[Entry], supported: list[Entry], *, tsc_deadline
             bits = entry[register] & ~host[register] & ~ours
             lacking += [feature_name(entry[0], register, bit) for bit in range(32) if bits >> bit & 1]
     return lacking
+
+
+def xsave_components(shown: list[Entry]) -> int:
+    """The XSAVE state components (bits of XCR0; Intel SDM 1, 13.1) that a CPU with the entries `shown` may have in use."""
+    leaf = next((entry for entry in shown if entry[:2] == (0xD, 0)), (0,) * 7)
+    return X87_AND_SSE | leaf[EAX] | leaf[EDX] << 32
 
 
 def feature_name(function: int, register: int, bit: int) -> str:

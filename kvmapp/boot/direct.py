@@ -8,9 +8,10 @@ from kvmapp.boot.entry import EntryState
 from kvmapp.boot.handover import Handover, Kernel
 from kvmapp.boot.image import ImageFile
 from kvmapp.boot.kernel import recognise
+from kvmapp.boot.linux import BzImage
 from kvmapp.boot.placement import Placement
 from kvmapp.boot.platform import Platform
-from kvmapp.errors import KvmappError
+from kvmapp.errors import GuestImageError, KvmappError
 from kvmapp.layout import BOOT_CMDLINE, BOOT_CMDLINE_SIZE, KIB, MIB
 
 SMALLEST_MEMORY = 2 * MIB
@@ -19,13 +20,17 @@ SMALLEST_MEMORY = 2 * MIB
 class DirectBoot:
     """The files and the command line of one domain; the files stay open, so that every reset of the guest can read them again."""
 
-    def __init__(self, kernel: str, initrd: str | None = None, cmdline: str = ""):
-        """Opens the files. Raises GuestImageError."""
+    def __init__(self, kernel: str, initrd: str | None = None, cmdline: str = "", cache: str | None = None):
+        """Opens the files; a bzImage is unpacked, or found unpacked, in the folder `cache`. Raises GuestImageError."""
         self.cmdline = cmdline
+        self.unpacked: ImageFile | None = None
+        self.packed = ""                                         # which file that was unpacked from
         self.initrd: ImageFile | None = None
         self.kernel = ImageFile(kernel, "kernel")
         try:
-            recognise(self.kernel)
+            recognised = recognise(self.kernel)
+            if cache and isinstance(recognised, BzImage):
+                self._open_unpacked(recognised, cache)
             self.initrd = ImageFile(initrd, "initrd") if initrd else None
         except BaseException:
             self.kernel.close()
@@ -37,7 +42,7 @@ class DirectBoot:
             raise KvmappError(f"Cannot boot a guest with {memory.size // KIB} KiB of memory", "give it at least 2 MiB")
         placement = Placement(memory.ranges)
         self.kernel.measure()
-        kernel = recognise(self.kernel)
+        kernel = self._recognise()
         kernel.load(memory, placement)
         handover = Handover()
         handover.initrd, handover.initrd_size = self._load_initrd(memory, placement, kernel)
@@ -51,9 +56,26 @@ class DirectBoot:
 
     def close(self) -> None:
         """Closes the files; a second call does nothing."""
-        self.kernel.close()
-        if self.initrd:
-            self.initrd.close()
+        for file in (self.kernel, self.initrd, self.unpacked):
+            if file:
+                file.close()
+
+    def _open_unpacked(self, kernel: BzImage, folder: str) -> None:
+        from kvmapp.boot.unpacked import KernelCache, identity
+        self.packed = identity(self.kernel)
+        self.unpacked = KernelCache(folder).open(kernel)
+
+    def _recognise(self) -> Kernel:
+        """The kernel as it is now: the file may have changed since it was unpacked."""
+        kernel = recognise(self.kernel)
+        if self.unpacked:
+            from kvmapp.boot.unpacked import UnpackedKernel, identity
+            if identity(self.kernel) == self.packed:
+                try:
+                    return UnpackedKernel(self.kernel, self.unpacked, random="nokaslr" not in self.cmdline.split())
+                except GuestImageError:
+                    pass                                         # no kernel after all: it unpacks itself
+        return kernel
 
     def _load_initrd(self, memory, placement: Placement, kernel: Kernel) -> tuple[int, int]:
         """(gpa, size); both 0 where there is none."""

@@ -14,6 +14,7 @@ LITTLE_ENDIAN = 1
 EM_386, EM_X86_64 = 3, 62
 ET_EXEC, ET_DYN = 2, 3
 PT_LOAD, PT_INTERP, PT_NOTE, PT_TLS = 1, 3, 4, 7
+SHT_NOBITS = 8
 MACHINES = {2: "SPARC", 8: "MIPS", 20: "PowerPC", 21: "PowerPC 64", 22: "s390", 40: "Arm", 50: "Itanium", 183: "arm64",
             243: "RISC-V", 258: "LoongArch"}
 PROGRAM_HEADERS_MAX = 1024
@@ -45,6 +46,19 @@ class ElfFile(SegmentedImage):
                     break
                 start = text_at - _aligned(name_size, alignment)
                 yield data[start:start + name_size].rstrip(b"\0"), kind, data[text_at:text_at + text_size]
+
+    def file_end(self) -> int:
+        """Where the ELF file ends in its file: behind its last segment, section and section header."""
+        offset, = struct.unpack("<Q" if self.is_64bit else "<I", self.file.read(40 if self.is_64bit else 32, 8 if self.is_64bit else 4))
+        entry_size, count = struct.unpack("<HH", self.file.read(58 if self.is_64bit else 46, 4))
+        table = self.file.read(offset, entry_size * count) if count else b""
+        ends = [segment.offset + segment.file_size for segment in self.segments]
+        ends += [note_offset + size for note_offset, size, _ in self._notes]
+        for at in range(0, len(table) - (63 if self.is_64bit else 39), entry_size or 1):
+            kind, where, size = (struct.unpack_from("<4xI16xQQ", table, at) if self.is_64bit
+                                 else struct.unpack_from("<4xI8xII", table, at))
+            ends.append(where + size if kind != SHT_NOBITS else 0)
+        return max(*ends, offset + len(table))
 
     def _check_identity(self) -> None:
         _, order = self.file.head[4:6]

@@ -2,7 +2,7 @@
 
 Follows the entry states of Linux (Documentation/arch/x86/boot.rst, 32-bit and 64-bit boot protocol), PVH (xen/docs/misc/pvh) and
 multiboot 1 (section 3.2), which agree: flat segments, interrupts off, no paging in 32 bits and an identity map in 64.
-Leaves out: the other vCPUs (they wait for INIT and SIPI), and turning this state into KVM's registers (core's Vcpu.set_entry).
+Leaves out: the other vCPUs (they wait for INIT and SIPI), and turning this state into KVM's registers (vcpu.pyx, Vcpu.set_entry).
 """
 import struct
 

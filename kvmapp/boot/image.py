@@ -36,6 +36,10 @@ class ImageFile:
         self._check_kind(os.fstat(self._fd))
         self.head = self._pread(HEAD_SIZE, 0)
 
+    def status(self) -> os.stat_result:
+        """What the file system says of it now."""
+        return os.fstat(self._fd)
+
     def error(self, reason: str, hint: str | None = None) -> GuestImageError:
         """The error to raise about this file."""
         verb = "boot" if self.what == "kernel" else "load"

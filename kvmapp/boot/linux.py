@@ -2,8 +2,9 @@
 
 Follows Documentation/arch/x86/boot.rst (boot protocol 2.02 to 2.15, 32-bit and 64-bit entry) and zero-page.rst. The real-mode
 setup code of a bzImage is never run: its job, the zero page, is done here. Leaves out: zImage and protocols before 2.02 (Linux
-2.4.0), EFI hand-over, and unpacking a bzImage's payload (kernel.recognise is where an unpacked one would take its place).
+2.4.0), and EFI hand-over. A bzImage that the host has unpacked is unpacked.py's.
 """
+import os
 import struct
 
 from kvmapp.boot import e820
@@ -12,7 +13,7 @@ from kvmapp.boot.entry import EntryState, long_mode, protected_mode
 from kvmapp.boot.handover import Handover, Kernel
 from kvmapp.boot.image import ImageFile
 from kvmapp.boot.placement import Placement
-from kvmapp.layout import BOOT_KERNEL, BOOT_ZERO_PAGE, MIB
+from kvmapp.layout import BOOT_KERNEL, BOOT_SETUP_DATA, BOOT_ZERO_PAGE, MIB
 
 # Offsets in a bzImage's first sectors and, the same, in the zero page.
 ACPI_RSDP_ADDR = 0x070
@@ -30,6 +31,7 @@ RAMDISK_IMAGE = 0x218                                            # and behind it
 CMD_LINE_PTR, INITRD_ADDR_MAX = 0x228, 0x22C
 KERNEL_ALIGNMENT, RELOCATABLE_KERNEL = 0x230, 0x234
 XLOADFLAGS, CMDLINE_SIZE = 0x236, 0x238
+PAYLOAD_OFFSET, PAYLOAD_LENGTH = 0x248, 0x24C
 SETUP_DATA, PREF_ADDRESS, INIT_SIZE = 0x250, 0x258, 0x260
 HEADER_END = 0x290                                               # the zero page's next field starts here
 E820_TABLE = 0x2D0
@@ -43,6 +45,7 @@ VIDEO_MODE_NORMAL = 0xFFFF
 ENTRY64_OFFSET = 0x200
 SECTOR = 512
 ZERO_PAGE_SIZE = 4096
+SETUP_RNG_SEED, SEED_SIZE = 9, 32                               # a type of setup_data; bytes
 
 OLDEST_VERSION = 0x0202
 DEFAULT_INITRD_LIMIT = 0x3800_0000                               # protocols before 2.03
@@ -70,16 +73,20 @@ class BzImage(Kernel):
         if not self._field("B", LOADFLAGS) & LOADED_HIGH:
             raise file.error("it is a zImage, to be loaded below 640 KiB", "build the kernel as a bzImage")
         self.offset = ((self._field("B", SETUP_HEADER) or 4) + 1) * SECTOR
-        self.size = self._payload_size()
+        self.size = self._protected_size()
         self.entry64 = bool(self._field("H", XLOADFLAGS, since=0x020C) & XLF_KERNEL_64)
         self.relocatable = bool(self._field("B", RELOCATABLE_KERNEL, since=0x0205))
+        self.alignment = self._field("I", KERNEL_ALIGNMENT, since=0x0205)
+        self.init_size = self._field("I", INIT_SIZE, since=0x020A)
+        self.payload_offset = self.offset + self._field("I", PAYLOAD_OFFSET, since=0x0208)
+        self.payload_size = self._field("I", PAYLOAD_LENGTH, since=0x0208)       # 0: it does not tell
         self.cmdline_limit = self._field("I", CMDLINE_SIZE, since=0x0206) or DEFAULT_CMDLINE_LIMIT
         self.initrd_limit = self._field("I", INITRD_ADDR_MAX, since=0x0203, default=DEFAULT_INITRD_LIMIT - 1) + 1
 
     def load(self, memory, placement: Placement) -> None:
         """Reads the protected-mode kernel to where it will run, or to 1 MiB when it insists on moving itself."""
         preferred = self._field("Q", PREF_ADDRESS, since=0x020A) or BOOT_KERNEL
-        room = max(self._field("I", INIT_SIZE, since=0x020A) or self.size * UNPACKING_FACTOR, self.size)
+        room = max(self.init_size or self.size * UNPACKING_FACTOR, self.size)
         self.address = preferred if self.relocatable else BOOT_KERNEL
         first = min(self.address, preferred)
         room = max(self.address + self.size, preferred + room) - first
@@ -91,15 +98,22 @@ class BzImage(Kernel):
 
     def enter(self, memory, handover: Handover) -> EntryState:
         """Writes the zero page and names the entry point."""
-        header_end = min(MAGIC + self._field("B", JUMP_LENGTH), HEADER_END)
-        page = zero_page(self.file.head[SETUP_HEADER:header_end], handover)
+        page = self.zero_page(memory, handover)
         struct.pack_into("<I", page, CODE32_START, self.address)
         memory.write(BOOT_ZERO_PAGE, page)
         if self.entry64:
             return long_mode(memory, self.address + ENTRY64_OFFSET, rsi=BOOT_ZERO_PAGE)
         return protected_mode(memory, self.address, rsi=BOOT_ZERO_PAGE)
 
-    def _payload_size(self) -> int:
+    def zero_page(self, memory, handover: Handover) -> bytearray:
+        """With the kernel's own header in it."""
+        header_end = min(MAGIC + self._field("B", JUMP_LENGTH), HEADER_END)
+        page = zero_page(self.file.head[SETUP_HEADER:header_end], handover)
+        if self.version >= 0x0209:
+            write_seed(memory, page)
+        return page
+
+    def _protected_size(self) -> int:
         """Bytes of the protected-mode kernel. The header counts in paragraphs of 16, so the file may be up to 15 shorter."""
         told = self._field("I" if self.version >= 0x0204 else "H", SYSSIZE) * 16
         there = self.file.size - self.offset
@@ -131,7 +145,9 @@ class Vmlinux(Kernel):
         struct.pack_into("<H4s", header, BOOT_FLAG - SETUP_HEADER, BOOT_FLAG_VALUE, b"")
         struct.pack_into("<4sH", header, MAGIC - SETUP_HEADER, HEADER_MAGIC, 0x020C)
         struct.pack_into("<I", header, KERNEL_ALIGNMENT - SETUP_HEADER, 16 * MIB)
-        memory.write(BOOT_ZERO_PAGE, zero_page(header, handover))
+        page = zero_page(header, handover)
+        write_seed(memory, page)
+        memory.write(BOOT_ZERO_PAGE, page)
         enter = long_mode if self.elf.is_64bit else protected_mode
         return enter(memory, self.elf.entry(), rsi=BOOT_ZERO_PAGE)
 
@@ -151,3 +167,9 @@ def zero_page(header: bytes | bytearray, handover: Handover) -> bytearray:
     table = e820.pack(handover.memory_map, "<QQI")
     page[E820_TABLE:E820_TABLE + len(table)] = table
     return page
+
+
+def write_seed(memory, page: bytearray) -> None:
+    """Random bytes for the kernel's generator, by setup_data: it has them before any device of ours could give it some."""
+    memory.write(BOOT_SETUP_DATA, struct.pack("<QII", 0, SETUP_RNG_SEED, SEED_SIZE) + os.urandom(SEED_SIZE))
+    struct.pack_into("<Q", page, SETUP_DATA, BOOT_SETUP_DATA)

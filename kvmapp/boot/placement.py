@@ -7,6 +7,8 @@ from kvmapp.layout import (
     BOOT_CMDLINE,
     BOOT_CMDLINE_SIZE,
     BOOT_PAGE_TABLES,
+    BOOT_SETUP_DATA,
+    BOOT_SETUP_DATA_SIZE,
     EBDA,
     LOW_MEMORY_END,
     MIB,
@@ -16,6 +18,7 @@ from kvmapp.layout import (
 PAGE_SIZE = 4096
 BOOT_STRUCTURES = (
     (0, BOOT_PAGE_TABLES + 6 * PAGE_SIZE, "the boot structures"),
+    (BOOT_SETUP_DATA, BOOT_SETUP_DATA + BOOT_SETUP_DATA_SIZE, "the seed"),
     (BOOT_CMDLINE, BOOT_CMDLINE + BOOT_CMDLINE_SIZE, "the command line"),
     (EBDA, ROM_AREA_END, "the BIOS area"),
 )

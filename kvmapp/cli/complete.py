@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from kvmapp.cli.index import GROUPS, MODULES, find
 from kvmapp.cli.table import FLAG, Option, Verb, value, verb
-from kvmapp.client import of
+from kvmapp.client import Client, of
 from kvmapp.errors import KvmappError
 
 ANSWER_WITHIN = 2                       # seconds that a user may wait for a Tab
@@ -69,11 +69,14 @@ def values(session, verb: Verb, option: Option, words: list[str]) -> list[str]:
     source = SOURCES.get(option.complete)
     if source is None:
         return []
-    session.daemon.timeout = ANSWER_WITHIN
+    kept, session.connection = session.connection, Client(session.socket_in_use, timeout=ANSWER_WITHIN)
     try:
         return source(session, next((word for word in words if not word.startswith("-")), ""))
     except KvmappError:
         return []
+    finally:                            # a verb that comes after it has all the time that it takes
+        session.disconnect()
+        session.connection = kept
 
 
 # Where words come from, by the tables' `complete`; each is given the session and the domain that was named before.

@@ -1,7 +1,7 @@
 """console: a guest's serial port or virtio console on the user's terminal; ttyconsole: where a pseudo terminal is.
 
 The bytes go to and from the domain's own control socket: the daemon is asked for it, but is not needed (it may be away). Who is
-alone with a blank screen is told why (mission.md, complaint 14): the kernel's command line names no console, nothing came for a
+alone with a blank screen is told why: the kernel's command line names no console, nothing came for a
 while, the domain is paused.
 """
 from __future__ import annotations

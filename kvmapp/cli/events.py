@@ -5,7 +5,8 @@ from kvmapp.cli.table import NUMBER, flag, value, verb
 from kvmapp.client import of
 from kvmapp.errors import NoResponse, UsageError
 
-KINDS = ("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-broken", "daemon", "network", "device-removed")
+KINDS = ("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-broken", "daemon", "network", "device-removed",
+         "watchdog")
 
 
 @verb("event", "show what happens to domains, as it happens",
@@ -54,9 +55,9 @@ def stream(session, given, domain: str | None):
         for one in daemon.events(domain=domain, event=given.event):
             yield one
             if end is not None:
-                if time.monotonic() >= end:
+                if (left := end - time.monotonic()) <= 0:
                     raise NoResponse("")
-                daemon.connection.settimeout(end - time.monotonic())
+                daemon.connection.settimeout(left)
     finally:
         session.disconnect()
 

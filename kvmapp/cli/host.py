@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from kvmapp.cli import render
 from kvmapp.cli.table import NUMBER, flag, value, verb
+from kvmapp.cpuset import ranges
 from kvmapp.errors import UsageError
 
 STATISTICS = ("user", "system", "idle", "iowait")
@@ -63,7 +64,7 @@ def capabilities_text(found: dict) -> str:
     lines += [f"{key} = {number}" for key, number in host["topology"].items()]
     lines += [f"pages = {', '.join(render.kib(size) for size in host['pages'])}", f"features = {', '.join(host['features'])}"]
     for cell in host["cells"]:
-        lines += ["", f"[host cell {cell['id']}]", f"memory = {render.kib(cell['memory'])}", f"cpus = {render.ranges(cell['cpus'])}"]
+        lines += ["", f"[host cell {cell['id']}]", f"memory = {render.kib(cell['memory'])}", f"cpus = {ranges(cell['cpus'])}"]
     lines += ["", "[guest]"]
     for key, fact in guest.items():
         text = render.yes_no(fact) if isinstance(fact, bool) else ", ".join(fact) if isinstance(fact, list) else \

@@ -19,6 +19,7 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         "saving": ("managedsave", "managedsave-remove", "restore", "save"),
         "identity": ("domid", "domname", "domuuid"),
         "resources": ("setmaxmem", "setmem", "setvcpus", "vcpucount", "vcpuinfo"),
+        "tuning": ("emulatorpin", "memtune", "numatune", "schedinfo", "vcpupin"),
         "console": ("console", "ttyconsole"),
         "cards": ("attach-interface", "detach-interface", "domif-getlink", "domif-setlink", "domiftune"),
     }),

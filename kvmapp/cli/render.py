@@ -74,16 +74,3 @@ def clock(moment: float) -> str:
     """A moment of the epoch, for people, in the host's time."""
     import time
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """0-3,6 for 0 1 2 3 6."""
-    parts: list[str] = []
-    last = 0
-    for number in numbers:
-        if parts and number == last + 1:
-            parts[-1] = f"{parts[-1].partition('-')[0]}-{number}"
-        else:
-            parts.append(str(number))
-        last = number
-    return ",".join(parts)

@@ -5,6 +5,7 @@ from kvmapp.cli import render
 from kvmapp.cli.definition import config_of, scope
 from kvmapp.cli.table import NUMBER, SIZE, argument, domain, flag, verb
 from kvmapp.client import of
+from kvmapp.cpuset import ranges
 from kvmapp.errors import DomainNotRunning
 
 SCOPE = (flag("config", "in its file, for its next start"), flag("live", "of the running domain"),
@@ -67,7 +68,7 @@ def vcpu_text(vcpu: dict, pretty: bool) -> str:
     running = vcpu["cpu"] is not None
     affinity = vcpu["affinity"]
     if pretty:
-        affinity = f"{render.ranges([cpu for cpu, letter in enumerate(affinity) if letter == 'y'])} (out of {len(affinity)})"
+        affinity = f"{ranges([cpu for cpu, letter in enumerate(affinity) if letter == 'y'])} (out of {len(affinity)})"
     return render.pairs([("VCPU", vcpu["number"]), ("CPU", vcpu["cpu"] if running else "N/A"),
                          ("State", vcpu["state"] if running else "N/A"),
                          ("CPU time", render.seconds(vcpu["cpu_time_ns"]) if running else "N/A"),

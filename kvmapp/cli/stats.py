@@ -40,7 +40,8 @@ GROUPS = ("state", "cpu_total", "balloon", "vcpu", "interface", "block", "vm")
 
 @verb("domstats", "the counters of one, several or all domains",
       flag("state", "the state group"), flag("cpu-total", "time of all its threads"), flag("balloon", "its memory"),
-      flag("vcpu", "each of its vCPUs"), flag("interface", "its network interfaces"), flag("block", "its disks"),
+      flag("vcpu", "each of its vCPUs, with what KVM counts of it"),
+      flag("interface", "its network interfaces"), flag("block", "its disks"),
       flag("vm", "its exits by reason"),
       flag("list-active", "of domains that run"), flag("list-inactive", "of domains that do not"),
       flag("list-persistent", "of domains with a file"), flag("list-transient", "of domains without one"),
@@ -128,6 +129,8 @@ def vcpu_lines(stats: dict) -> Lines:
     for vcpu in vcpus:
         yield f"vcpu.{vcpu['number']}.state", VCPU_STATES.get(vcpu["state"], 0)
         yield f"vcpu.{vcpu['number']}.time", vcpu["cpu_time_ns"]
+        for name, count in vcpu["kvm"].items():
+            yield f"vcpu.{vcpu['number']}.{name}", count
 
 
 def interface_lines(stats: dict) -> Lines:

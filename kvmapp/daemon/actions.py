@@ -61,7 +61,7 @@ async def define(call: Call) -> dict:
         raise NameInUse(f"domain '{config.name}' is already active with uuid {old.uuid}")
     domain = supervisor.domains.setdefault(config.name, old or supervisor.make(config.name))
     with domain.jobs.hold("define", call.who):
-        warnings = supervisor.store.mac_clashes(config)
+        warnings = [*config.warnings, *supervisor.store.mac_clashes(config)]
         created = supervisor.store.put(config, text)
     supervisor.merge()
     supervisor.tell(config.name, "Defined", "Added" if created else "Updated")
@@ -76,11 +76,11 @@ async def create(call: Call, config: DomainConfig) -> dict:
     supervisor.store.check_identity(config)
     domain = supervisor.domains.setdefault(config.name, domain or supervisor.make(config.name))
     try:
-        await start_domain(supervisor, domain, call.who, paused=call.body.get("paused", False), config=config)
+        warnings = await start_domain(supervisor, domain, call.who, paused=call.body.get("paused", False), config=config)
     finally:
         supervisor.merge()
     return {"domain": domain.summary(), "created": True, "made": list(config.made),
-            "warnings": supervisor.store.mac_clashes(config)}
+            "warnings": [*warnings, *config.warnings, *supervisor.store.mac_clashes(config)]}
 
 
 async def edit(call: Call) -> dict:
@@ -92,7 +92,7 @@ async def edit(call: Call) -> dict:
     with domain.jobs.hold("edit", call.who):
         config = call.supervisor.store.replace(domain.name, call.body["text"], call.body.get("digest"), digest)
     call.supervisor.tell(domain.name, "Defined", "Updated")
-    warnings = call.supervisor.store.mac_clashes(config)
+    warnings = [*config.warnings, *call.supervisor.store.mac_clashes(config)]
     if domain.active:
         warnings.append("the running guest keeps its configuration until its next start")
     return {"domain": domain.summary(), "created": False, "made": list(config.made), "warnings": warnings}
@@ -159,9 +159,9 @@ async def autostart(call: Call) -> dict:
 
 async def start(call: Call) -> dict:
     domain = call.domain()
-    await start_or_go_on(call.supervisor, domain, call.who, paused=call.body.get("paused", False),
-                         force_boot=call.body.get("force_boot", False))
-    return call.changed(domain)
+    warnings = await start_or_go_on(call.supervisor, domain, call.who, paused=call.body.get("paused", False),
+                                    force_boot=call.body.get("force_boot", False))
+    return call.changed(domain, warnings)
 
 
 async def shutdown(call: Call) -> dict:

@@ -111,6 +111,12 @@ class Cards:
             if any(getattr(before, key) != getattr(after, key) for key in shaping.RATES):
                 await asyncio.to_thread(shaping.apply, after, tap)
 
+    def compare(self, domain: Domain, devices: list[str]) -> None:
+        """These are what the running domain has: the guest may have let go of a card while no daemon was there to hear of it."""
+        for card in domain.live.interfaces if domain.live else ():
+            if f"net{card.index}" not in devices:
+                self.removed(domain, f"net{card.index}")
+
     def removed(self, domain: Domain, device: str) -> None:
         """The guest has let go of a card, and its tap is gone."""
         if domain.live is None or domain.record is None or device not in [f"net{card.index}" for card in domain.live.interfaces]:

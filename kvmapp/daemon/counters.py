@@ -13,7 +13,7 @@ from contextlib import suppress
 from kvmapp.daemon.domain import Domain
 from kvmapp.daemon.process import cpu_times_of, resident_of
 from kvmapp.errors import KvmappError
-from kvmapp.values import is_plain
+from kvmapp.values import is_label
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ async def running_stats(domain: Domain) -> dict:
         **empty_stats(domain), "time": when, "age": None if when is None else time.monotonic() - measured,
         "cpu_time_ns": sum(times) if times else None, "cpu_user_ns": times[0] if times else None,
         "cpu_system_ns": times[1] if times else None,
-        "vcpus": [{name: place[name] for name in ("number", "state", "cpu_time_ns")}
+        "vcpus": [{**{name: place[name] for name in ("number", "state", "cpu_time_ns")}, "kvm": kvm_counters(told, place["number"])}
                   for place in vcpu_places(process.pid, config.vcpus if config else 0)],
         "exits": exits(told.get("vcpus")),
         "disks": [disk_counts(disk, table(devices.get(disk.name))) for disk in config.disks] if config else [],
@@ -84,12 +84,19 @@ def count(value: object) -> int:
     return value if type(value) is int and value >= 0 else 0
 
 
+def kvm_counters(told: dict, number: int) -> dict[str, int]:
+    """What the kernel counts of a vCPU, by its names (kvmstats.py)."""
+    vcpus = told.get("vcpus")
+    one = table(vcpus[number]) if isinstance(vcpus, list) and number < len(vcpus) else {}
+    return {name: count(value) for name, value in list(table(one.get("kvm")).items())[:LIST_LIMIT] if is_label(name)}
+
+
 def exits(vcpus: object) -> dict[str, int]:
     """By reason, all vCPUs together."""
     sums: dict[str, int] = {}
     for vcpu in vcpus[:LIST_LIMIT] if isinstance(vcpus, list) else ():
         for reason, number in table(table(vcpu).get("exits")).items():
-            if len(reason) < 64 and is_plain(reason) and len(sums) < LIST_LIMIT:
+            if is_label(reason) and len(sums) < LIST_LIMIT:
                 sums[reason] = sums.get(reason, 0) + count(number)
     return sums
 
@@ -125,6 +132,11 @@ def vcpu_places(pid: int, count: int) -> list[dict]:
         places.append({"number": number, "state": "running" if thread else "offline", "cpu": cpu, "cpu_time_ns": spent * tick,
                        "affinity": "".join("y" if one in allowed else "-" for one in range(online))})
     return places
+
+
+def vcpu_numbers(pid: int) -> dict[int, int]:
+    """vCPU number to thread id."""
+    return {number: thread for number, (thread, _cpu, _spent) in vcpu_threads(pid).items()}
 
 
 def vcpu_threads(pid: int) -> dict[int, tuple[int, int, int]]:

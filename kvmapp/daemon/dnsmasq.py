@@ -199,23 +199,28 @@ def tell(live: NetworkConfig, files: Files, members: Iterable[tuple[str, str]]) 
 
 
 def stop(files: Files) -> None:
-    """Ends it and waits for its end. Leases stay."""
-    pid = pid_of(files)
-    if not pid:
-        return
+    """Ends it and waits for its end; and one that a killed daemon was just starting, whose number stands in no file yet. Leases stay."""
+    while pids := [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and runs_with(int(entry), files)]:
+        if not all([end(pid, files) for pid in pids]):
+            return
+
+
+def end(pid: int, files: Files) -> bool:
+    """Whether it has ended."""
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
-        return
+        return True
     try:
         waiter = select.poll()
         waiter.register(handle, select.POLLIN)
-        for number in (signal.SIGTERM, signal.SIGKILL):
+        for number in (signal.SIGTERM, signal.SIGKILL) if runs_with(pid, files) else ():
             signal.pidfd_send_signal(handle, number)
             if waiter.poll(STOP_PATIENCE * 1000):
-                return
+                return True
+        return not runs_with(pid, files)
     except ProcessLookupError:
-        pass
+        return True
     finally:
         os.close(handle)
 
@@ -225,10 +230,17 @@ def pid_of(files: Files) -> int:
     try:
         with open(files.pid) as file:
             pid = int(file.read())
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            return pid if f"--conf-file={files.config}".encode() in file.read().split(b"\0") else 0
     except (OSError, ValueError):
         return 0
+    return pid if runs_with(pid, files) else 0
+
+
+def runs_with(pid: int, files: Files) -> bool:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as line:
+            return line.read().rstrip(b"\0").split(b"\0")[1:] == [f"--conf-file={files.config}".encode()]
+    except OSError:
+        return False
 
 
 # Its leases.

@@ -19,6 +19,7 @@ from kvmapp.values import is_plain
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import ClassVar
 
     from kvmapp.config import InterfaceConfig
     from kvmapp.daemon.paths import Paths
@@ -32,8 +33,9 @@ ENDING_REASONS = ("shutdown", "destroyed", "crashed", "migrated", "saved", "fail
 
 class Record:
     """What the daemon notes of a running domain, in RUN/records/NAME.json, for itself after a restart."""
-    fields = ("name", "uuid", "id", "pid", "start_time", "started", "taps", "disks", "config", "version")
+    fields = ("name", "uuid", "id", "pid", "start_time", "started", "taps", "disks", "config", "version", "servers")
     __slots__ = fields
+    absent: ClassVar[dict] = {"servers": ()}            # what older versions did not note
     name: str
     uuid: str
     id: int
@@ -44,10 +46,11 @@ class Record:
     disks: list[list]                   # [name, source, device, inode, readonly] of each
     config: dict
     version: str
+    servers: list[list]                 # [tag, pid, start time] of each file server that was started for it
 
     def __init__(self, **values):
         for name in self.fields:
-            setattr(self, name, values[name])
+            setattr(self, name, values[name] if name in values else self.absent[name])
 
     def save(self, paths: Paths) -> None:
         """Whole or not at all; /run is in memory, so nothing is synced. Raises OSError."""

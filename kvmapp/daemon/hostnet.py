@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
 import socket
 import subprocess
+import time
 
 from kvmapp.daemon.taps import is_bridge, join_bridge, set_up
 from kvmapp.errors import HostError, NameInUse
@@ -27,6 +29,8 @@ PACKAGES = {"ip": "iproute2 (CentOS: iproute)", "bridge": "iproute2 (CentOS: ipr
             "dnsmasq": "dnsmasq-base (CentOS: dnsmasq)", "nft": "nftables"}
 LIBVIRT_NETWORKS = "/etc/libvirt/qemu/networks"
 SIOCGIFHWADDR = 0x8927
+log = logging.getLogger("kvmapp")
+turn = -1                               # a locked file that each program has open as long as it runs
 
 
 def find_program(name: str) -> str | None:
@@ -40,12 +44,38 @@ def want_program(name: str, what_for: str) -> str:
     return path
 
 
+def take_turn(path: str) -> None:
+    """A killed daemon's programs work on to their end, and what they change then nobody would take away again: returns when they have
+    ended. Raises OSError.
+    """
+    global turn
+    turn = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    begun, told = time.monotonic(), False
+    while not try_lock(turn):
+        if not told:
+            log.warning("waiting for programs that an earlier daemon left at work")
+            told = True
+        if time.monotonic() - begun > PATIENCE:
+            log.error("they have not ended after %.0f s: going on", PATIENCE)
+            break
+        time.sleep(0.02)
+
+
+def try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def run(words: list[str], what_for: str, text: str | None = None) -> str:
     """A program's output. Raises HostError with what it said. Nothing of our own environment reaches it."""
     path = want_program(words[0], what_for)
+    kept = (turn,) if turn >= 0 and words[0] != "dnsmasq" else ()           # dnsmasq stays, and is found by its files
     try:
         done = subprocess.run([path, *words[1:]], input=text, capture_output=True, text=True, errors="replace", timeout=PATIENCE,
-                              env={"PATH": SEARCH, "LC_ALL": "C"}, check=False, cwd="/")
+                              env={"PATH": SEARCH, "LC_ALL": "C"}, check=False, cwd="/", pass_fds=kept)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise HostError(f"Cannot {what_for}: {words[0]}: {error}") from None
     if done.returncode:

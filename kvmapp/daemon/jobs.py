@@ -75,9 +75,8 @@ class Jobs:
                           verb=job.verb, who=job.who, since=job.since)
 
     async def break_current(self, who: str) -> None:
-        """Ends the job that is there and returns when it is released."""
-        job = self.current
-        if job is not None and job.task is not None and job.task is not asyncio.current_task():
+        """Ends the job that is there, and one that takes its place meanwhile; whoever awaits this can hold the place at once."""
+        while (job := self.current) is not None and job.task is not None and job.task is not asyncio.current_task():
             job.broken_by = who
             job.task.cancel()
             await job.released.wait()

@@ -37,16 +37,25 @@ CHAINS = {"forward": ("type filter hook forward priority 0", "filter", "FORWARD"
           "postrouting": ("type nat hook postrouting priority 100", "nat", "POSTROUTING")}
 MULTICAST = {4: ("224.0.0.0/24", "255.255.255.255"), 6: ("ff00::/8",)}
 LOOPBACK = {4: "127.0.0.0/8", 6: "::1"}
+VERDICTS = ("accept", "reject", "return", "masquerade")             # and dnat
 SERVICES = (("udp", 67), ("udp", 547), ("udp", 53), ("tcp", 53))        # DHCP, DHCPv6, DNS
 
 Rule = tuple[str, dict[str, object], str]           # chain, conditions, verdict: accept, reject, return, masquerade or dnat ADDRESS
 
 
-def apply(networks: list[NetworkConfig]) -> None:
-    """Makes the packet filter say this, whatever it said of ours before. Raises HostError, and nothing is changed then."""
+def apply(networks: list[NetworkConfig]) -> str | None:
+    """Makes the packet filter say this, whatever it said of ours before, and returns what it shows then (`shown`); None when somebody
+    else changed that at the same moment. Raises HostError, and nothing is changed then.
+    """
     if find_program("nft"):
         run(["nft", "-f", "-"], "set the rules of networks", "".join(nft_text(networks, version) for version in (4, 6)))
-        return
+    else:
+        apply_iptables(networks)
+    text = shown()
+    return text if rules_in(text) == rules_wanted(networks) else None
+
+
+def apply_iptables(networks: list[NetworkConfig]) -> None:
     for version, tool in ((4, "iptables"), (6, "ip6tables")):
         wanted = rules(networks, version)
         if not find_program(tool):
@@ -59,16 +68,38 @@ def apply(networks: list[NetworkConfig]) -> None:
             jump(tool, table, base, f"KVMAPP-{chain.upper()}", bool(wanted))
 
 
-def in_place() -> bool:
-    """Whether somebody flushed our rules."""
-    try:
+def shown() -> str:
+    """Our rules as the host's packet filter shows them now. What it showed after `apply` it shows until somebody touches them."""
+    if find_program("nft"):
+        return "".join(listed(["nft", "list", "table", family, "kvmapp"]) for family in ("ip", "ip6"))
+    tools = [tool for tool in ("iptables-save", "ip6tables-save") if find_program(tool)]
+    lines = [line for tool in tools for line in listed([tool]).splitlines()]
+    return "\n".join(line for line in lines if line.startswith("-A") and "KVMAPP" in line)
+
+
+def rules_in(text: str) -> int:
+    """How many rules are shown."""
+    lines = [line.strip() for line in text.splitlines()]
+    return sum(line.startswith("-A") or line.endswith(VERDICTS) or " dnat to " in line for line in lines)
+
+
+def rules_wanted(networks: list[NetworkConfig]) -> int:
+    """How many there must be; with iptables, those that jump to our chains, too."""
+    count = 0
+    for version in (4, 6):
+        wanted = rules(networks, version)
         if find_program("nft"):
-            run(["nft", "list", "chain", "ip", "kvmapp", "forward"], "look at the rules")
-        else:
-            run(["iptables", "-C", "FORWARD", "-j", "KVMAPP-FORWARD"], "look at the rules")
-    except HostError:
-        return False
-    return True
+            count += sum(bool(CHAINS[chain][0]) for chain, _, _ in wanted)
+        elif wanted:
+            count += len(wanted) + len(CHAINS)
+    return count
+
+
+def listed(words: list[str]) -> str:
+    try:
+        return run(words, "look at the rules")
+    except HostError:                           # there are none
+        return ""
 
 
 def jump(tool: str, table: str, base: str, chain: str, wanted: bool) -> None:

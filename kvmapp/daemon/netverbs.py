@@ -183,12 +183,13 @@ def updated(config: NetworkConfig, body: dict) -> NetworkConfig:
 
 def parsed(section: schema.Section, name: str, texts: dict[str, str]) -> dict[str, object]:
     values: dict[str, object] = {}
+    heading = f"{section.kind} {name}".rstrip()
     for key, text in texts.items():
         setting = section.settings.get(key)
         if setting is None:
-            raise ConfigError(f"[{section.kind} {name}] {key} = {text!r}: unknown key", f"known here: {', '.join(section.settings)}")
+            raise ConfigError(f"[{heading}] {key} = {text!r}: unknown key", f"known here: {', '.join(section.settings)}")
         try:
             values[key] = setting.kind.parse(text) if text else None
         except ValueError as error:
-            raise ConfigError(f"[{section.kind} {name}] {key} = {text!r}: expected {error}") from None
+            raise ConfigError(f"[{heading}] {key} = {text!r}: expected {error}") from None
     return values

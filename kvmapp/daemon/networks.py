@@ -10,7 +10,7 @@ import logging
 import os
 import time
 
-from kvmapp.daemon import netrules
+from kvmapp.daemon import hostnet, netrules
 from kvmapp.daemon.network import ACTIVE, STARTING, STOPPING, Members, Network, read_note
 from kvmapp.daemon.networkstore import NetworkStore, not_found
 from kvmapp.errors import ConfigError, HostError, KvmappError, NetworkActive, NetworkInactive
@@ -31,6 +31,7 @@ class Networks:
         self.store = NetworkStore(self.paths)
         self.networks: dict[str, Network] = {}
         self.lock = asyncio.Lock()
+        self.rules_shown: str | None = None     # after we set them; None: by a daemon before us, or not as they should be
 
     # The set.
 
@@ -81,6 +82,10 @@ class Networks:
 
     async def find_running(self) -> None:
         """What an earlier daemon left: active networks are put back whole; one that was half made is cleared away."""
+        try:
+            await asyncio.to_thread(hostnet.take_turn, os.path.join(self.paths.run, "programs.lock"))
+        except OSError as error:
+            log.warning("cannot lock %s: %s", error.filename, error.strerror)
         self.refresh()
         half = []
         for entry in sorted(os.listdir(self.paths.network_run)):
@@ -144,8 +149,10 @@ class Networks:
 
     async def check(self, *, rules: bool = False) -> None:
         async with self.lock:
-            flushed = rules or (bool(self.live_configs()) and not await asyncio.to_thread(netrules.in_place))
-            await self.put_back(self.active(), rules=flushed)
+            touched = bool(self.live_configs()) and self.rules_shown != await asyncio.to_thread(netrules.shown)
+            if touched and self.rules_shown is not None:
+                log.warning("somebody changed the rules of networks: they are put back")
+            await self.put_back(self.active(), rules=rules or touched)
 
     async def put_back(self, networks: list[Network], *, rules: bool) -> None:
         if rules:
@@ -166,7 +173,7 @@ class Networks:
                     log.warning("network '%s': %s was gone and is put back", network.name, " and ".join(mended))
 
     async def set_rules(self) -> None:
-        await asyncio.to_thread(netrules.apply, self.live_configs())
+        self.rules_shown = await asyncio.to_thread(netrules.apply, self.live_configs())
 
     # Verbs.
 

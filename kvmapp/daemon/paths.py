@@ -6,7 +6,7 @@ import os
 
 class Paths:
     """`root` stands before every folder that is not named itself (image builds, tests)."""
-    __slots__ = ("config", "log", "run", "state")
+    __slots__ = ("cache", "config", "log", "run", "state")
 
     def __init__(self, root: str = "/", *, config: str | None = None, run: str | None = None, log: str | None = None,
                  state: str | None = None):
@@ -14,6 +14,7 @@ class Paths:
         self.run = os.path.abspath(run or os.path.join(root, "run/kvmapp"))
         self.log = os.path.abspath(log or os.path.join(root, "var/log/kvmapp"))
         self.state = os.path.abspath(state or os.path.join(root, "var/lib/kvmapp"))
+        self.cache = os.path.abspath(os.path.join(root, "var/cache/kvmapp"))       # made when there is something to keep
 
     @property
     def domains(self) -> str:

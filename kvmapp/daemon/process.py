@@ -18,7 +18,7 @@ from contextlib import suppress
 
 from kvmapp.client import ask_domain, connect
 from kvmapp.errors import ConnectionFailed, KvmappError, NoResponse, error_from_dict
-from kvmapp.values import is_plain
+from kvmapp.values import is_label
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 LINE_LIMIT = 4 << 20
 ANSWER_TIMEOUT = 5.0
 CHECK_TIMEOUT = 2.0                     # of the heartbeat: a domain's control thread has little else to do than to answer
-LAST_BREATH = 0.1                       # between the end of a process's sockets and its own
+LAST_BREATH = 0.5                       # between the end of a process's sockets and its own
 # What a domain process calls its state, and what virsh does.
 STATES = {"starting": "paused", "running": "running", "paused": "paused", "saving": "paused", "shutting down": "in shutdown",
           "in shutdown": "in shutdown", "crashed": "crashed", "shut off": "in shutdown"}
+TOLD = {"device-removed": "device", "watchdog": "action"}      # what else a domain process tells, and which word of it counts
 
 
 class ControlLink(asyncio.Protocol):
@@ -106,13 +107,13 @@ class ControlLink(asyncio.Protocol):
 
 
 class DomainProcess:
-    """`changed()` is called when what it says of itself changed, `gone()` once, when the process has ended, `removed(device)` when
-    the guest has let go of a device.
+    """`changed()` is called when what it says of itself changed, `gone()` once, when the process has ended, `told(event, detail)`
+    for what its guest does (TOLD), and at each beginning for the devices that it has.
     """
 
     def __init__(self, name: str, control: str, changed: Callable[[], None], gone: Callable[[], None],
-                 removed: Callable[[str], None] = lambda device: None):
-        self.name, self.control, self.changed, self.gone, self.removed = name, control, changed, gone, removed
+                 told: Callable[[str, str], None] = lambda event, detail: None):
+        self.name, self.control, self.changed, self.gone, self.told = name, control, changed, gone, told
         self.pid = 0
         self.start_time = 0                     # tells a pid from its reuse; clock ticks since the host's boot
         self.pidfd = -1
@@ -168,6 +169,8 @@ class DomainProcess:
         """Its state, and from then on every change of it. Raises NoResponse or KvmappError."""
         answers = await asyncio.gather(self.ask("subscribe", timeout), self.ask("status", timeout))
         self.take_status(answers[1])
+        if isinstance(devices := answers[1].get("devices"), list):       # the removal of one is told once, to whoever is there to hear it
+            self.told("devices", " ".join(str(one["name"]) for one in devices if isinstance(one, dict) and "name" in one))
         if not self.pid:
             try:
                 connection = connect(self.control, 0)
@@ -182,9 +185,11 @@ class DomainProcess:
             self.finish()
         elif self.link is None or self.link.transport is None:
             if not await self.connect():
-                self.set_silent(True)
+                self.set_silent(not await self.wait_end(LAST_BREATH))
             elif self.link is not None:
                 await self.quietly(self.hello(timeout))
+        elif not self.pid:
+            await self.quietly(self.hello(timeout))         # the first one was not answered in time, so we do not know who it is
         else:
             await self.quietly(self.refresh(timeout))
 
@@ -198,13 +203,17 @@ class DomainProcess:
     # Talking.
 
     async def ask(self, verb: str, timeout: float | None = ANSWER_TIMEOUT, *, fd: int = -1, **arguments: object) -> dict:
-        """One verb, with a descriptor if need be; timeout None: as long as it takes. Raises what the domain raises, or NoResponse."""
+        """One verb, with a descriptor if need be; timeout None: as long as it takes. Raises what the domain raises, or NoResponse.
+
+        A domain that does not answer is silent from then on; who waits less than the heartbeat does says nothing of it.
+        """
         try:
             if self.link is None:
                 raise ConnectionResetError
             answer = await self.link.ask(verb, timeout, arguments, fd)
-        except (TimeoutError, OSError):
-            if not self.ended and (not self.pid or self.lives()):
+        except (TimeoutError, OSError) as error:
+            hasty = isinstance(error, TimeoutError) and timeout is not None and timeout < CHECK_TIMEOUT
+            if not hasty and not self.ended and (not self.pid or self.lives()):
                 self.set_silent(True)
             raise NoResponse(f"Domain '{self.name}' does not answer (pid {self.pid or 'unknown'})",
                              f"kvmappctl destroy {self.name} ends it") from None
@@ -223,15 +232,16 @@ class DomainProcess:
             raise NoResponse(error.message, error.hint) from None
 
     def hear(self, event: dict) -> None:
-        if event.get("type") in (None, "lifecycle"):
+        kind = event.get("type")
+        if kind in (None, "lifecycle"):
             self.take_status({**self.status, **event})
-        elif event.get("type") == "device-removed" and isinstance(event.get("device"), str):
-            self.removed(event["device"])
+        elif kind in TOLD and isinstance(detail := event.get(TOLD[kind]), str) and is_label(detail):
+            self.told(kind, detail)
 
     def take_status(self, status: dict) -> None:
         """What the process says of itself, as far as it is plausible."""
         state, reason = STATES.get(str(status.get("state")), self.state), status.get("reason")
-        reason = reason if isinstance(reason, str) and len(reason) < 64 and is_plain(reason) else "unknown"
+        reason = reason if isinstance(reason, str) and is_label(reason) else "unknown"
         if status.get("state") == "starting":
             reason = "starting up"
         self.status = status
@@ -280,6 +290,8 @@ class DomainProcess:
 
     async def wait_end(self, timeout: float) -> bool:
         """Whether it ended in this time."""
+        if not self.ended and self.pid and not self.lives():        # before it was watched, so nothing will tell
+            self.finish()
         try:
             await asyncio.wait_for(self.over.wait(), timeout)
         except TimeoutError:

@@ -68,6 +68,9 @@ ROUTES = (
     Route("POST", ONE + "/vcpus", "set_vcpus", "Changed", "setvcpus.", request=shapes.SET_VCPUS),
     Route("POST", ONE + "/description", "describe", "Changed", "Title and description: desc.", request=shapes.DESCRIBE),
     Route("GET", ONE + "/vcpus", "vcpus", "Vcpus", "Where its vCPUs run: vcpuinfo."),
+    Route("GET", ONE + "/tuning", "tuning", "Tuning", "Where it runs and what it may take of the host: vcpupin, emulatorpin, numatune, "
+          "schedinfo, memtune.", query={"inactive": shapes.yes_no("of a running domain: what its next start will take")}),
+    Route("POST", ONE + "/tuning", "tune", "Changed", "Change that, in its file or at once.", request=shapes.TUNE),
     Route("GET", ONE + "/stats", "stats", "Stats", "Its counters: domstats."),
     Route("GET", ONE + "/log", "log", "Log", "The end of its log.", access=FULL,
           query={"lines": shapes.whole("200 if not given")}),

@@ -63,21 +63,22 @@ async def restore(call: Call) -> dict:
         supervisor.store.check_identity(config)
         domain = supervisor.domains.setdefault(config.name, domain or supervisor.make(config.name))
         try:
-            await start_domain(supervisor, domain, call.who, paused=call.body.get("paused", False), config=config, state=fd)
+            warnings = await start_domain(supervisor, domain, call.who, paused=call.body.get("paused", False), config=config, state=fd)
         finally:
             supervisor.merge()
     finally:
         os.close(fd)
-    return call.changed(domain)
+    return call.changed(domain, warnings)
 
 
-async def start_or_go_on(supervisor: Supervisor, domain: Domain, who: str, *, paused: bool = False, force_boot: bool = False) -> None:
-    """Starts the domain, from its managed save if it has one. Raises KvmappError; a save that cannot be used is kept."""
+async def start_or_go_on(supervisor: Supervisor, domain: Domain, who: str, *, paused: bool = False,
+                         force_boot: bool = False) -> list[str]:
+    """Starts the domain, from its managed save if it has one; warnings. Raises KvmappError; a save that cannot be used is kept."""
     path = supervisor.paths.managed_save(domain.name)
     if domain.active or force_boot or not os.path.exists(path):
-        await start_domain(supervisor, domain, who, paused=paused)
+        warnings = await start_domain(supervisor, domain, who, paused=paused)
         remove_image(supervisor.paths, domain.name)
-        return
+        return warnings
     try:
         fd, config = await asyncio.to_thread(open_state, path)
     except StateError as error:
@@ -86,13 +87,14 @@ async def start_or_go_on(supervisor: Supervisor, domain: Domain, who: str, *, pa
         if config.uuid != domain.uuid:
             raise StateError(f"The managed save image of domain '{domain.name}' is another domain's (UUID {config.uuid})",
                              f"kvmappctl managedsave-remove {domain.name} gives it up")
-        await start_domain(supervisor, domain, who, paused=True, config=config, state=fd)
+        warnings = await start_domain(supervisor, domain, who, paused=True, config=config, state=fd)
         remove_image(supervisor.paths, domain.name)
     finally:
         os.close(fd)
     if not paused and domain.process:
         await domain.process.ask("resume")
         await domain.process.refresh()
+    return warnings
 
 
 def remove_image(paths: Paths, name: str) -> bool:

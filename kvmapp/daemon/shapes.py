@@ -137,6 +137,15 @@ VCPU = record(number=whole(), state=text("running or offline"), cpu=maybe(whole(
 
 VCPUS = record(vcpus=list_of(ref("Vcpu")))
 
+CPUS = text("the host's CPUs: 0-1,3")
+MICROSECONDS = whole("microseconds")
+QUOTA = whole("microseconds in a period; -1: no limit")
+TUNING = record(
+    vcpus=list_of(record(number=whole(), cpus=CPUS)), emulator=CPUS, numa_mode=one_of("strict", "preferred", "interleave"),
+    numa_nodeset=text("the host's NUMA nodes; empty: all of them"), cpu_shares=whole("1024 is usual"), vcpu_period=MICROSECONDS,
+    vcpu_quota=QUOTA, global_period=MICROSECONDS, global_quota=QUOTA, hard_limit=maybe(whole("bytes; null: no limit")),
+    soft_limit=maybe(whole()), swap_hard_limit=maybe(whole("of memory and swap together")))
+
 DISK_STATS = record(name=text(), source=text(), rd_reqs=whole(), rd_bytes=whole(), rd_ns=whole(), wr_reqs=whole(),
                     wr_bytes=whole(), wr_ns=whole(), fl_reqs=whole(), fl_ns=whole(), errors=whole())
 
@@ -154,7 +163,8 @@ STATS = {**record(
     name=text(), id=maybe(whole()), state=text(), reason=text(), time=maybe(number("when the counters were taken")),
     age=maybe(number("how old they are: more than a moment when the domain does not answer")),
     cpu_time_ns=maybe(whole()), cpu_user_ns=maybe(whole()), cpu_system_ns=maybe(whole()),
-    vcpus=list_of(record(number=whole(), state=text(), cpu_time_ns=whole())),
+    vcpus=list_of(record(number=whole(), state=text(), cpu_time_ns=whole(),
+                         kvm=map_of(whole("by the kernel's names, ending in .sum, .cur or .max as virsh's; {} where it counts nothing")))),
     exits=map_of(whole("by the reasons of KVM_RUN, all vCPUs together")), disks=list_of(ref("DiskStats")),
     interfaces=list_of(ref("InterfaceStats")), balloon=maybe(ref("BalloonStats"))),
     "description": "Counters since the start of the domain; rx is what the guest received."}
@@ -164,7 +174,7 @@ ALL_STATS = record(domains=list_of(ref("Stats")))
 WAITED = record(domain=ref("Domain"), reached=yes_no("false: the time ran out"))
 
 EVENT = {**record(time=number(), event=one_of("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-broken",
-                                              "daemon", "network", "device-removed", "lost"),
+                                              "daemon", "network", "device-removed", "watchdog", "lost"),
                   domain=maybe(text()), uuid=maybe(text()), id=maybe(whole()),
                   type=maybe(text("lifecycle: Defined, Undefined, Started, Suspended, Resumed, Stopped, Shutdown, Crashed")),
                   detail=maybe(text("Added, Updated, Renamed, Removed, Booted, Paused, Unpaused, Shutdown, Destroyed, ..."))),
@@ -231,7 +241,7 @@ SCHEMAS: dict[str, Shape] = {
     "Ending": ENDING, "DomainDetail": DETAIL, "Domains": DOMAINS, "Changed": CHANGED, "SaveRemoved": SAVE_REMOVED,
     "Defined": DEFINED, "Undefined": UNDEFINED,
     "Config": CONFIG, "InterfaceChanged": INTERFACE_CHANGED, "HostInterfaces": HOST_INTERFACES, "Bridged": BRIDGED, "Confirmed": CONFIRMED,
-    "MemorySet": MEMORY_SET, "Vcpu": VCPU, "Vcpus": VCPUS, "DiskStats": DISK_STATS, "InterfaceStats": INTERFACE_STATS,
+    "MemorySet": MEMORY_SET, "Vcpu": VCPU, "Vcpus": VCPUS, "Tuning": TUNING, "DiskStats": DISK_STATS, "InterfaceStats": INTERFACE_STATS,
     "BalloonStats": BALLOON_STATS, "Stats": STATS, "AllStats": ALL_STATS,
     "Waited": WAITED, "Event": EVENT, "Node": NODE, "CpuStats": CPU_STATS, "MemoryStats": MEMORY_STATS,
     "Capabilities": CAPABILITIES, "Version": VERSION, "Daemon": DAEMON, "Autostart": AUTOSTART, "Reloaded": RELOADED, "Log": LOG,
@@ -267,6 +277,7 @@ AUTOSTART_SET = options(enabled=yes_no())
 RENAME = options(name=text())
 SET_MEMORY = options(bytes=whole(), live=yes_no(), config=yes_no(), maximum=yes_no("memory instead of current_memory"))
 SET_VCPUS = options(count=whole(), live=yes_no(), config=yes_no())
+TUNE = options(settings=map_of(map_of(text("as in the file; an empty one is the default"))), live=yes_no(), config=yes_no())
 DESCRIBE = options(title=maybe(text()), description=maybe(text()), live=yes_no(), config=yes_no())
 
 TYPES: dict[str, tuple[type, ...]] = {"string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),

@@ -1,6 +1,6 @@
 """The start of a domain, step by step; whichever fails, what the earlier ones made is taken away again.
 
-Taps, log and control socket are made here and handed over as open descriptors. Disks and kernel are opened and
+Taps, file servers' sockets, log and control socket are made here and handed over as open descriptors. Disks and kernel are opened and
 locked by the domain process itself, while it is still root, so a file server that hangs holds up nobody else; it drops root's
 rights before its guest's first instruction.
 """
@@ -12,8 +12,11 @@ import os
 import shutil
 import time
 
+from kvmapp import fileserver
 from kvmapp.daemon import domainlog
-from kvmapp.daemon.domain import Domain, Record, read_ending
+from kvmapp.daemon.counters import vcpu_numbers
+from kvmapp.daemon.domain import Domain, Record, plain, read_ending
+from kvmapp.daemon.limits import Tunables, group_limits, no_limits, vcpu_limits
 from kvmapp.daemon.process import DomainProcess
 from kvmapp.daemon.sockets import listen
 from kvmapp.daemon.spawn import ZygoteDied
@@ -31,33 +34,36 @@ if TYPE_CHECKING:
 START_TIMEOUT = 60.0                    # from the fork to the guest's first instruction; a huge initrd on a slow disk takes time
 KILL_TIMEOUT = 5.0                      # for a process to go after SIGKILL
 NEVER_FORKED = "The zygote died before it had started the domain"
+WARNINGS_MOST = 20                      # of a domain process about its restored machine
 LAST_WORDS = 2.0                        # between the end of its socket and its own
 
 
 async def start(supervisor: Supervisor, domain: Domain, who: str, *, paused: bool = False,
-                config: DomainConfig | None = None, state: int = -1) -> None:
-    """Raises KvmappError; then nothing of it is left. `config`: of a transient or saved domain; else its file's. `state`: the open
-    file of a saved state to go on from; it stays the caller's."""
+                config: DomainConfig | None = None, state: int = -1) -> list[str]:
+    """Warnings, of limits that this host does not keep. Raises KvmappError; then nothing of it is left. `config`: of a transient or
+    saved domain; else its file's. `state`: the open file of a saved state to go on from; it stays the caller's."""
     with domain.jobs.hold("start" if state < 0 else "restore", who) as job:
         if domain.active:
             raise DomainRunning("Domain is already active", f"kvmappctl domstate {domain.name}")
         config = config or domain.want_persistent()
         try:
-            await attempt(Start(supervisor, domain, config, paused, state), job)
+            warnings = await attempt(Start(supervisor, domain, config, paused, state), job)
         except ZygoteDied:                              # a new one is there at the next try
-            await attempt(Start(supervisor, domain, config, paused, state), job)
+            warnings = await attempt(Start(supervisor, domain, config, paused, state), job)
     supervisor.tell(domain.name, "Started", "Booted" if state < 0 else "Restored")
     supervisor.join_groups(domain)
     if domain.process and domain.process.ended:         # its end fell into the start's last moment
         supervisor.process_gone(domain)
+    return warnings
 
 
-async def attempt(start: Start, job: Job) -> None:
+async def attempt(start: Start, job: Job) -> list[str]:
     try:
         job.progress = "opening what it needs"
         await start.prepare()
         job.progress = "waiting for its process"
         await start.launch()
+        return start.warnings
     except OSError as error:
         await start.undo(f"{error}")
         raise HostError(f"Cannot start domain '{start.domain.name}': {error.strerror}" +
@@ -79,6 +85,8 @@ class Start:
         self.files: dict[str, int] = {}
         self.taps: dict[str, str] = {}
         self.disks: list[list] = []
+        self.warnings: list[str] = []
+        self.servers: list[list] = []
 
     async def prepare(self) -> None:
         defaults = self.supervisor.guest_defaults()
@@ -93,9 +101,11 @@ class Start:
         self.files["control"] = listener.detach()
         self.files["log"] = domainlog.open_log(self.paths.domain_log(self.domain.name), defaults.log_max_size,
                                                defaults.log_max_backups)
+        await self.start_servers()
         if self.state >= 0:
             self.files["restore"] = os.dup(self.state)
         self.note()
+        await self.make_groups()
 
     async def launch(self) -> None:
         """From the fork to the first answer."""
@@ -103,7 +113,8 @@ class Start:
         text = json.dumps(self.config.to_dict(), ensure_ascii=False)
         domainlog.write_line(self.files["log"], f"starting, kvmapp {IDENTITY}, id {self.domain.record.id}: {text}")
         request = {"config": self.config.to_dict(), "files": list(self.files), "run_dir": self.paths.domain_own(self.domain.name),
-                   "uid": self.uid, "gid": self.gid, "paused": self.paused}
+                   "uid": self.uid, "gid": self.gid, "paused": self.paused,
+                   "cache": self.paths.cache}
         try:
             pid = await self.supervisor.zygote.spawn(request, list(self.files.values()))
         except ZygoteDied:
@@ -113,7 +124,10 @@ class Start:
             process.watch(pid)
         self.close_fds()
         if not await process.connect():
-            raise self.failure() if pid else ZygoteDied(NEVER_FORKED)
+            if not pid:
+                raise ZygoteDied(NEVER_FORKED)
+            await process.wait_end(LAST_WORDS)
+            raise self.failure()
         self.note_process(process)
         try:
             await process.hello(START_TIMEOUT)
@@ -123,6 +137,10 @@ class Start:
             await process.wait_end(LAST_WORDS)
             raise self.failure() from None
         self.note_process(process)
+        await self.limit_vcpus(process)
+        told = process.status.get("warnings")
+        if isinstance(told, list):
+            self.warnings += filter(None, map(plain, told[:WARNINGS_MOST]))
 
     def note_process(self, process: DomainProcess) -> None:
         record = self.domain.record
@@ -144,6 +162,31 @@ class Start:
             os.close(self.files.popitem()[1])
 
     # Steps.
+
+    async def make_groups(self) -> None:
+        """Control groups before the process, so that nothing it takes escapes its limits. It takes the kernel 30 ms or more to move
+        a process, so domains without limits are moved when they run (`Supervisor.join_groups`).
+        """
+        groups, name = self.supervisor.cgroups, self.domain.name
+        if await asyncio.to_thread(groups.left_over, name):
+            await asyncio.to_thread(groups.limit, name, no_limits(groups.unified))
+        limits = group_limits(Tunables(self.config), Tunables(), groups.unified)
+        if limits:
+            self.files |= await asyncio.to_thread(groups.make, name)
+            self.warn(await asyncio.to_thread(groups.limit, name, limits))
+
+    async def limit_vcpus(self, process: DomainProcess) -> None:
+        groups, name = self.supervisor.cgroups, self.domain.name
+        limits = vcpu_limits(Tunables(self.config), Tunables(), groups.unified)
+        if limits and process.pid:
+            await asyncio.to_thread(groups.join, name, process.pid)
+            self.warn(await asyncio.to_thread(groups.limit_vcpus, name, vcpu_numbers(process.pid), limits))
+
+    def warn(self, complaints: list[str]) -> None:
+        """Into the domain's log, and the answer to whoever starts it."""
+        self.warnings += complaints
+        for text in complaints:
+            domainlog.append(self.paths.domain_log(self.domain.name), f"warning: {text}")
 
     def check_macs(self) -> None:
         """Two running guests with one MAC disturb each other's every packet."""
@@ -186,6 +229,14 @@ class Start:
                     await self.supervisor.cards.settle(self.domain.name, interface, tap.name, bridge)
         networks.expect(self.config)
 
+    async def start_servers(self) -> None:
+        """They end with the sockets that are handed over here, whatever becomes of this start."""
+        for filesystem in self.config.filesystems:
+            server = await asyncio.to_thread(fileserver.start, filesystem, self.files["log"])
+            self.files[f"filesystem:{filesystem.tag}"] = server.fd
+            if server.process is not None:
+                self.servers.append([filesystem.tag, *self.supervisor.file_servers.take(server.process)])
+
     def make_folder(self) -> None:
         """The domain's folder in RUN, and in it the one where its process says how it ended."""
         folder, own = self.paths.domain_run(self.domain.name), self.paths.domain_own(self.domain.name)
@@ -198,7 +249,8 @@ class Start:
     def note(self) -> None:
         """From here on a daemon that comes after us knows what to look for and what to clear away."""
         record = Record(name=self.config.name, uuid=self.config.uuid, id=self.supervisor.next_id(), pid=0, start_time=0,
-                        started=time.time(), taps=self.taps, disks=self.disks, config=self.config.to_dict(), version=IDENTITY)
+                        started=time.time(), taps=self.taps, disks=self.disks, config=self.config.to_dict(), version=IDENTITY,
+                        servers=self.servers)
         record.save(self.paths)
         self.domain.record, self.domain.live, self.domain.ending = record, self.config, None
 
@@ -210,6 +262,9 @@ class Start:
         process: DomainProcess | None = self.domain.process
         if process is not None and process.pid and process.lives():
             return NoResponse(f"Domain '{self.domain.name}' did not come up within {START_TIMEOUT:.0f} s", "its log has more")
+        if self.supervisor.cgroups.oom_kills(self.domain.name):
+            return HostError(f"The host's kernel killed the process of domain '{self.domain.name}' for want of memory before its guest ran",
+                             "raise [memtune] hard_limit" if self.config.memtune.hard_limit else "free some of the host's memory")
         return HostError(f"The process of domain '{self.domain.name}' ended before its guest ran",
                          f"see {self.paths.domain_log(self.domain.name)}")
 

@@ -19,8 +19,9 @@ from kvmapp.daemon.cards import Cards
 from kvmapp.daemon.cgroups import Cgroups
 from kvmapp.daemon.domain import Domain, Record, read_ending, write_ending
 from kvmapp.daemon.events import Events
+from kvmapp.daemon.fileservers import FileServers
 from kvmapp.daemon.networks import Networks
-from kvmapp.daemon.process import DomainProcess
+from kvmapp.daemon.process import LAST_BREATH, DomainProcess
 from kvmapp.daemon.saving import clear_images
 from kvmapp.daemon.spawn import Zygote
 from kvmapp.daemon.store import Store, not_found
@@ -58,6 +59,7 @@ class Supervisor:
         self.networks = Networks(self)
         self.cards = Cards(self)
         self.bridging = Bridging(self)
+        self.file_servers = FileServers()
 
     # The set.
 
@@ -166,28 +168,42 @@ class Supervisor:
             process.watch(domain.record.pid, domain.record.start_time)
         dead = bool(domain.record.pid) and not process.lives()
         if not dead and not await process.connect():
-            dead = not process.pid or not process.lives()
-            process.set_silent(not dead)
+            dead = not process.pid
+            if not dead:                # a process that is ending has no socket any more; when it has ended, it is buried
+                process.set_silent(not await process.wait_end(LAST_BREATH))
         if dead:
             process.ended = True
             await self.bury(domain)
+        if process.ended:
             return
         if process.link is not None:
             await process.quietly(process.hello(HELLO_TIMEOUT))
         self.join_groups(domain)
-        if process.pid and not process.ended and domain.record.pid != process.pid:
-            domain.record.pid, domain.record.start_time = process.pid, process.start_time
-            domain.record.save(self.paths)
+        self.note_pid(domain)
+
+    def note_pid(self, domain: Domain) -> bool:
+        """Whether the process of a record without its pid, or with another one, has told who it is."""
+        process, record = domain.process, domain.record
+        if process is None or record is None or process.ended or process.pid in (0, record.pid):
+            return False
+        record.pid, record.start_time = process.pid, process.start_time
+        record.save(self.paths)
+        return True
 
     def join_groups(self, domain: Domain) -> None:
-        """Beside everything else: the kernel takes its time."""
         pid = domain.process.pid if domain.process else 0
         if pid and self.cgroups.bases:
-            self.run(asyncio.to_thread(self.cgroups.join, domain.name, pid), f"control group of {domain.name}")
+            self.run(self.enter_groups(domain, pid), f"control group of {domain.name}")
+
+    async def enter_groups(self, domain: Domain, pid: int) -> None:
+        """Beside everything else: the kernel takes its time, and the domain may end meanwhile."""
+        await asyncio.to_thread(self.cgroups.join, domain.name, pid)
+        if not domain.active:
+            await self.leave_groups(domain)
 
     async def leave_groups(self, domain: Domain) -> None:
-        """They can be removed when the process's parent has taken notice of its end, which may take a moment."""
-        for pause in (0, 0.05, 0.2, 1, 5):
+        """They can be removed when the process's parent has taken notice of its end, which takes a moment, or longer on a busy host."""
+        for pause in (0, 0.05, 0.2, 1, 5, 10, 20, 60):
             await asyncio.sleep(pause)
             if domain.active or self.cgroups.remove(domain.name):
                 break
@@ -201,7 +217,15 @@ class Supervisor:
 
     def attach(self, domain: Domain) -> DomainProcess:
         return DomainProcess(domain.name, self.paths.control(domain.name), lambda: self.state_changed(domain),
-                             lambda: self.process_gone(domain), lambda device: self.cards.removed(domain, device))
+                             lambda: self.process_gone(domain), lambda event, detail: self.guest_did(domain, event, detail))
+
+    def guest_did(self, domain: Domain, event: str, detail: str) -> None:
+        if event == "device-removed":
+            self.cards.removed(domain, detail)
+        elif event == "devices":
+            self.cards.compare(domain, detail.split())
+        else:
+            self.events.publish(event, domain.name, uuid=domain.uuid, id=domain.id, detail=detail)
 
     def begin(self) -> None:
         self.zygote.start()
@@ -241,11 +265,17 @@ class Supervisor:
         while True:
             await asyncio.sleep(self.heartbeat)
             self.refresh()
+            self.file_servers.reap()
             limits = self.guest_defaults()
             for domain in self.active():
                 if domain.process and domain.jobs.current is None:
-                    self.run(domain.process.check(), f"heartbeat of {domain.name}")
+                    self.run(self.look_at(domain, domain.process), f"heartbeat of {domain.name}")
                 domainlog.rotate(self.paths.domain_log(domain.name), limits.log_max_size, limits.log_max_backups, in_use=True)
+
+    async def look_at(self, domain: Domain, process: DomainProcess) -> None:
+        await process.check()
+        if domain.process is process and self.note_pid(domain):
+            self.join_groups(domain)
 
     def guest_defaults(self) -> GuestDefaults:
         """guest.conf, or its defaults when it cannot be used."""
@@ -282,7 +312,7 @@ class Supervisor:
 
     def process_gone(self, domain: Domain) -> None:
         """A start that fails clears up after itself."""
-        if domain.jobs.current is None or domain.jobs.current.verb != "start":
+        if domain.jobs.current is None or domain.jobs.current.verb not in ("start", "restore"):
             self.run(self.bury(domain), f"end of {domain.name}")
 
     async def bury(self, domain: Domain) -> None:
@@ -324,6 +354,8 @@ class Supervisor:
     def clear_away(self, domain: Domain) -> None:
         """Whatever a start made, as far as it got. Taps went with the process."""
         self.cards.release(domain.name)
+        if domain.record is not None and domain.record.servers:
+            self.run(self.file_servers.see_off(domain.name, domain.record.servers), f"file servers of {domain.name}")
         self.run(self.leave_groups(domain), f"control group of {domain.name}")
         for path in (self.paths.control(domain.name), os.path.join(self.paths.records, f"{domain.name}.json")):
             try:

@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 
+from kvmapp.cardfiles import file_name, open_vhost
 from kvmapp.errors import HostError, NameInUse
 
 TYPE_CHECKING = False
@@ -36,8 +37,8 @@ class Tap:
         self.vhost: list[int] = []
 
     def files(self, index: int) -> dict[str, int]:
-        """The descriptors under the names by which the domain process asks for them (netcards.file_name)."""
-        return {f"{kind}:{index}" + (f".{pair}" if pair else ""): fd for kind, fds in (("interface", self.fds), ("vhost", self.vhost))
+        """The descriptors under the names by which the domain process asks for them."""
+        return {file_name(kind, index, pair): fd for kind, fds in (("interface", self.fds), ("vhost", self.vhost))
                 for pair, fd in enumerate(fds)}
 
     def close(self) -> None:
@@ -121,23 +122,6 @@ def existing_tap(interface: InterfaceConfig) -> Tap:
     if interface.queues > 1:
         hint = "for several queues it has to be made with multi_queue"
     raise HostError(f"Cannot use tap '{name}' for {interface.heading}: {error.strerror}", hint) from None
-
-
-def open_vhost(interface: InterfaceConfig) -> list[int]:
-    """/dev/vhost-net, once a queue; none where the domain's file does not want it, the card is not
-    virtio, or the host has not got it."""
-    fds: list[int] = []
-    try:
-        while interface.vhost != "no" and interface.model == "virtio" and len(fds) < interface.queues:
-            fds.append(os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        for fd in fds:
-            os.close(fd)
-        if interface.vhost == "yes":
-            raise HostError(f"Cannot open /dev/vhost-net for {interface.heading}: {error.strerror}",
-                            "modprobe vhost_net, or set vhost = auto") from None
-        return []
-    return fds
 
 
 def open_tun() -> int:

@@ -76,6 +76,8 @@ cdef class E1000(E1000Chip):
         thread.add(self.throttle)
         if self.receiver.reader.fd >= 0:
             thread.add(self.receiver.reader, EPOLLET)
+        if self.backend.waiter is not None:
+            thread.wait_by(self.backend.waiter, self.receiver.reader)
 
     def reset(self):
         PciFunction.reset(self)
@@ -132,6 +134,8 @@ cdef class E1000(E1000Chip):
         pthread_mutex_unlock(&self.rings)
 
     def close(self):
+        if self.backend.waiter is not None and self.receiver.reader.thread is not None:
+            self.receiver.reader.thread.wait_by(None)
         for source in (self.bell, self.receiver.reader, self.throttle):
             if (<EventSource>source).thread is not None:
                 (<EventSource>source).thread.remove(source)

@@ -55,9 +55,9 @@ cdef bint can_segment(const Context* context, uint32_t length) noexcept nogil:
     cdef uint32_t header = context.header_length
     cdef uint32_t ip_header = IP4_HEADER if context.command >> 24 & TUCMD_IP4 else IP6_HEADER
     return (context.command >> 24 & TUCMD_TCP and context.segment > 0 and header < length and context.ip_start >= ETHERNET_HEADER and
-            context.ip_start + ip_header <= context.transport_start and context.transport_start + TCP_HEADER <= header and
-            context.ip_place + 2 <= header and context.ip_start <= context.ip_end < header and
-            context.transport_start <= context.transport_place and context.transport_place + 2 <= header)
+            context.ip_start + ip_header <= context.transport_start and <uint32_t>context.transport_start + TCP_HEADER <= header and
+            <uint32_t>context.ip_place + 2 <= header and context.ip_start <= context.ip_end < header and
+            context.transport_start <= context.transport_place and <uint32_t>context.transport_place + 2 <= header)
 
 
 cdef void fit_headers(uint8_t* frame, uint32_t length, const Context* context, bint ip_sum) noexcept nogil:

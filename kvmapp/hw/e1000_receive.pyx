@@ -8,6 +8,7 @@ from libc.string cimport memcmp, memcpy, memmove, memset
 
 from kvmapp.abi.epoll cimport EPOLLET, EPOLLIN
 from kvmapp.abi.posix cimport EAGAIN, atomic_store_u32, iovec, pthread_mutex_lock, pthread_mutex_unlock
+from kvmapp.abi.tun cimport EBADFD
 from kvmapp.hw.e1000_chip cimport (BATCH, BPRC, CRC, CTRL, CTRL_VLAN, DESCRIPTOR, DONE, FRAME_LEAST, FRAME_MOST, GORC, GPRC,
                                    LONG_FRAME_MOST, MPC, MPRC, MTA, PRC64, RAH_VALID, RAL, RCTL, RCTL_ALL_GROUPS, RCTL_ALL_UNICAST,
                                    RCTL_BROADCAST, RCTL_ENABLED, RCTL_LARGE_BUFFERS, RCTL_LONG, RCTL_STRIP_CRC, RCTL_VLAN_FILTER,
@@ -62,7 +63,7 @@ cdef class Receiver:
                 length += NET_HEADER
                 if length and length != -EAGAIN:
                     self.chip.report_host(b"no frames from the host", 0, <int>-length)
-                self.watch_frames(length == -EAGAIN)
+                self.watch_frames(length < 0 and length != -EBADFD)      # an error is that of one frame: the next one may be good
                 break
             if length < ETHERNET_HEADER:
                 self.dropped += 1

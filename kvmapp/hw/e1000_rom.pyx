@@ -67,7 +67,7 @@ cdef void rom_write(uint16_t* words, const unsigned char* mac) noexcept nogil:
     words[0x0C] = words[0x0E] = 0x8086
     words[0x0D] = 0x100E
     words[0x0F] = 0x3040                             # initialization control 2
-    for i in range(CHECKSUM_WORD):
+    for i in range(<uint32_t>CHECKSUM_WORD):
         total += words[i]
     words[CHECKSUM_WORD] = <uint16_t>(CHECKSUM - total)
 

@@ -92,15 +92,15 @@ cdef class PciFunction(Device):
         if registers == 2:
             self.define(BAR0 + 4 * index + 4, 4, 0, <uint32_t>(~(size - 1) >> 32))
 
-    def add_capability(self, uint8_t identifier, const uint8_t[::1] body not None, writable=None):
+    def add_capability(self, uint8_t identifier, bytes body not None, writable=None):
         """Appends a capability of these bytes (those after ID and next pointer; `writable` masks them); its offset."""
         cdef uint32_t offset = self.free_capability
-        cdef uint32_t size = 2 + body.shape[0]
-        cdef bytes mask = bytes(body.shape[0]) if writable is None else bytes(writable)
-        if len(mask) != body.shape[0] or size > CAPABILITIES_END - offset:
+        cdef uint32_t size = 2 + len(body)
+        cdef bytes mask = bytes(len(body)) if writable is None else bytes(writable)
+        if len(mask) != len(body) or size > CAPABILITIES_END - offset:
             raise ValueError(f"{self.name}: no place for capability {identifier:#x} of {size} bytes")
         self.define(offset, 2, identifier, 0)
-        for i, (value, bits) in enumerate(zip(bytes(body), mask, strict=True)):
+        for i, (value, bits) in enumerate(zip(body, mask, strict=True)):
             self.define(offset + 2 + i, 1, value, bits)
         self.define(CAPABILITIES_POINTER if self.last_capability == NO_CAPABILITY else self.last_capability + 1, 1, offset, 0)
         self.define(STATUS, 2, STATUS_CAPABILITIES, 0)

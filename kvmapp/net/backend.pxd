@@ -1,6 +1,7 @@
 from libc.stdint cimport uint32_t, uint64_t
 
 from kvmapp.abi.posix cimport iovec
+from kvmapp.iothread cimport Waiter
 
 cdef enum:
     NET_HEADER = 12                  # bytes of virtio_net_hdr_v1 before each frame
@@ -11,6 +12,8 @@ cdef enum:
 cdef class NetBackend:
     cdef readonly str name
     cdef int fd
+    cdef readonly Waiter waiter      # what its I/O thread waits by, or None
+    cdef bint answers                # `send` may call the waiter's reader
     cdef readonly bint has_offloads
     cdef readonly bint has_ufo
     cdef readonly bint has_uso

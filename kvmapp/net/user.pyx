@@ -2,17 +2,17 @@
 """User mode: a network of the guest's own, 10.0.2.0/24, behind sockets of the domain process. It needs no privileges and no bridge.
 
 libslirp is the router 10.0.2.2, a DHCP server (the guest gets 10.0.2.15) and a DNS relay 10.0.2.3. The guest reaches what the process
-may reach, by TCP, UDP and ICMP echo; nothing reaches the guest but by a forward. libslirp runs in one thread; a socket pair leads from
-it to the card, as a tap would, so each side has its own pace. The host's 127.0.0.1 is not a guest's to reach. Left out: IPv6, offloads,
-TFTP.
+may reach, by TCP, UDP and ICMP echo; nothing reaches the guest but by a forward. libslirp runs in the card's I/O thread, for which its
+Router does the waiting: a frame goes from the guest's ring into a socket, or the other way, without another thread in between. The
+host's 127.0.0.1 is not a guest's to reach. Left out: IPv6, offloads, TFTP.
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, realloc
-from libc.string cimport memset
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy, memmove, memset
 
-from kvmapp.abi.posix cimport (EFD_CLOEXEC, EFD_NONBLOCK, EINTR, POLLERR, POLLHUP, POLLIN, POLLOUT, SIG_BLOCK, atomic_load_u32,
-                               atomic_store_u32, close, errno, eventfd, iovec, poll, pollfd, pthread_self, pthread_setname_np,
-                               pthread_sigmask, read, sigfillset, sigset_t, write, writev)
+from kvmapp.abi.epoll cimport EPOLLIN
+from kvmapp.abi.posix cimport (EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, POLLERR, POLLHUP, POLLIN, POLLOUT, atomic_load_u32,
+                               atomic_store_u32, close, errno, eventfd, iovec, poll, pollfd, read, write)
 from kvmapp.abi.slirp cimport (SLIRP_POLL_ERR, SLIRP_POLL_HUP, SLIRP_POLL_IN, SLIRP_POLL_OUT, SLIRP_POLL_PRI, SlirpCb,
                                SlirpConfig, SlirpTimerCb, in_addr, inet_aton, slirp_add_hostfwd, slirp_cleanup, slirp_input,
                                slirp_new, slirp_pollfds_fill, slirp_pollfds_poll)
@@ -20,17 +20,16 @@ from kvmapp.iothread cimport monotonic_ns
 from kvmapp.net.backend cimport NET_HEADER
 
 import os
-import socket
-import threading
 
 from kvmapp.errors import HostError
 from kvmapp.values import Forward
 
 cdef enum:
-    BATCH = 64                       # frames taken from the guest before the sockets have their turn
-    BUFFER = 1 << 20                 # bytes asked for between libslirp and the card; the host's wmem_max may give less
-    PATIENCE = 50                    # ms that a guest which does not take its frames may hold up libslirp, once
-    OWN_POLLS = 2                    # the card's frames, and the end
+    STORE = 4 << 20                  # bytes of frames that may wait for the guest
+    CROWDED = 1 << 20                # ... with so many no more are fetched from the sockets
+    LENGTH = 4                       # bytes before each that tell its length
+    OWN_POLLS = 1                    # the thread's other descriptors
+    SOME_POLLS = 16
     LONGEST_SLEEP = 3600 * 1000      # ms
     ETHERTYPE = 12                   # offsets in a frame: of its type, and of the target's address in IPv4
     TARGET = 14 + 16
@@ -39,21 +38,58 @@ cdef uint8_t EMPTY_HEADER[NET_HEADER]
 memset(EMPTY_HEADER, 0, NET_HEADER)
 
 
-cdef class UserNet(FrameDescriptor):
-    """`forwards`: texts as in a domain's file, values.Forward. Runs from now until `close`."""
+cdef class UserNet(NetBackend):
+    """`forwards`: texts as in a domain's file, values.Forward. Runs while an I/O thread waits by its `waiter`, until `close`."""
 
     def __cinit__(self, *, list forwards=None):
-        self.inner = self.stop = -1
         self.header = NET_HEADER
-        card, inner = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-        for end in (card, inner):
-            end.setblocking(False)
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
-        self.fd, self.inner = card.detach(), inner.detach()
         self.name = "user mode"
-        self.stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if self.stop < 0:
+        self.waiter = self.router = Router(forwards or [])
+        self.fd = self.router.bell
+
+    def close(self):
+        """Ends every connection of the guest."""
+        self.router.close()
+
+    cdef int set_header(self, uint32_t length) noexcept nogil:
+        atomic_store_u32(&self.header, length)
+        return 0
+
+    cdef ssize_t send(self, const iovec* vector, int count) noexcept nogil:
+        cdef uint8_t* frame = self.router.frame
+        cdef size_t length = 0
+        cdef uint32_t header = atomic_load_u32(&self.header)
+        cdef int i
+        if self.router.slirp == NULL:
+            return 0
+        for i in range(count):                      # a copy: what lies in guest memory changes while libslirp looks
+            if vector[i].iov_len > FRAME_MOST - length:
+                return 0                            # larger than any packet
+            memcpy(frame + length, vector[i].iov_base, vector[i].iov_len)
+            length += vector[i].iov_len
+        if length > header and not is_for_loopback(frame + header, length - header):
+            self.router.calls = self.answers
+            self.router.fed = True
+            slirp_input(self.router.slirp, frame + header, <int>(length - header))
+            self.router.present(self.answers)
+        return length
+
+    cdef ssize_t receive(self, const iovec* vector, int count) noexcept nogil:
+        return self.router.take(vector, count, atomic_load_u32(&self.header))
+
+
+cdef class Router(Waiter):
+    """libslirp, and the frames that it has for the guest. All but `close` runs in one I/O thread."""
+
+    def __cinit__(self, list forwards not None):
+        self.bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.bell < 0:
             raise OSError(errno, f"eventfd: {os.strerror(errno)}")
+        self.store = <uint8_t*>malloc(STORE)        # its pages are not there before they are used
+        self.polls = <pollfd*>malloc(SOME_POLLS * sizeof(pollfd))
+        if self.store == NULL or self.polls == NULL:
+            raise MemoryError
+        self.poll_room = SOME_POLLS
         cdef SlirpConfig config
         memset(&config, 0, sizeof(config))
         config.version = 1
@@ -68,30 +104,22 @@ cdef class UserNet(FrameDescriptor):
         self.slirp = slirp_new(&config, &CALLBACKS, <void*>self)
         if self.slirp == NULL:
             raise HostError("Cannot start user mode networking: libslirp refuses")
-        for text in forwards or ():
+        for text in forwards:
             self.forward(text)
-        self.runner = threading.Thread(target=self.run, name="user net", daemon=True)
-        self.runner.start()
 
     def __dealloc__(self):
         if self.slirp != NULL:
             slirp_cleanup(self.slirp)
-        for fd in (self.inner, self.stop):
-            if fd >= 0:
-                close(fd)
+        if self.bell >= 0:
+            close(self.bell)
         free(self.polls)
+        free(self.store)
 
     def close(self):
-        """Ends the thread and every connection of the guest."""
-        cdef uint64_t one = 1
-        if self.runner is not None:
-            write(self.stop, &one, sizeof(one))
-            self.runner.join()
-            self.runner = None
+        """No thread waits by it any more; a second call does nothing."""
         if self.slirp != NULL:
             slirp_cleanup(self.slirp)
             self.slirp = NULL
-        FrameDescriptor.close(self)
 
     cdef int forward(self, str text) except -1:
         """A port of the host that leads to the guest. Raises HostError when it is taken."""
@@ -105,77 +133,99 @@ cdef class UserNet(FrameDescriptor):
                             f"see who has it: ss -lnp 'sport = {port}'; or choose another port")
         return 0
 
-    def run(self):
-        """The thread's body: signals are for the control thread, so all are blocked here."""
-        cdef sigset_t all_signals
-        with nogil:
-            sigfillset(&all_signals)
-            pthread_sigmask(SIG_BLOCK, &all_signals, NULL)
-            pthread_setname_np(pthread_self(), b"user net")
-            self.loop()
+    cdef void wait(self, int epoll) noexcept nogil:
+        """Waits and lets libslirp work; not when the guest leaves too many frames lying, for then it waits as a whole.
 
-    cdef void loop(self) noexcept nogil:
-        cdef uint32_t timeout
+        After frames of the guest's it works at once: what it holds back until it knows the guest's address, for one, goes only then.
+        """
+        cdef uint32_t timeout = LONGEST_SLEEP
+        cdef bint works = self.slirp != NULL and self.end - self.first < CROWDED
         cdef int done
-        cdef bint more = False
-        while True:
-            self.poll_count = 0
-            if self.watch(self.inner, POLLIN) < 0 or self.watch(self.stop, POLLIN) < 0:
-                return                              # no memory: the guest's network stands still
-            timeout = LONGEST_SLEEP
+        self.poll_count = 0
+        self.watch(epoll, POLLIN)
+        if works:
             slirp_pollfds_fill(self.slirp, &timeout, add_poll, <void*>self)
-            done = poll(self.polls, self.poll_count, 0 if more else <int>min(timeout, <uint32_t>LONGEST_SLEEP))
-            if self.polls[1].revents:
-                return
+            timeout = 0 if self.fed else timeout
+            self.fed = False
+        done = poll(self.polls, self.poll_count, <int>min(timeout, <uint32_t>LONGEST_SLEEP))
+        if works:
+            self.calls = True
             slirp_pollfds_poll(self.slirp, done < 0 and errno != EINTR, get_revents, <void*>self)
-            more = self.take_frames()
+            self.present(True)
 
-    cdef int set_header(self, uint32_t length) noexcept nogil:
-        atomic_store_u32(&self.header, length)
-        return 0
-
-    cdef bint take_frames(self) noexcept nogil:
-        """The guest's frames to libslirp; whether there may be more."""
-        cdef ssize_t length
-        cdef uint32_t header
-        cdef int number
-        for number in range(BATCH):
-            length = read(self.inner, self.frame, sizeof(self.frame))
-            if length < 0:
-                return False
-            header = atomic_load_u32(&self.header)
-            if length > header and not is_for_loopback(self.frame + header, length - header):
-                slirp_input(self.slirp, self.frame + header, <int>(length - header))
-        return True
+    cdef void present(self, bint calls) noexcept nogil:
+        """libslirp is done for now: the card takes what frames there are, at once when it may be called, else when the bell rings."""
+        cdef uint64_t one = 1
+        if self.kept and calls and self.reader is not None:
+            self.reader.ready(EPOLLIN)
+        if self.kept and not self.rung:
+            self.rung = True
+            write(self.bell, &one, sizeof(one))
+        self.calls = False
 
     cdef int watch(self, int fd, short events) noexcept nogil:
-        """One more descriptor for the next poll; its index, or -1."""
+        """One more descriptor for the next poll; its index, or -1 when there is no memory."""
         cdef pollfd* grown
         if self.poll_count == self.poll_room:
-            grown = <pollfd*>realloc(self.polls, (self.poll_room * 2 + 16) * sizeof(pollfd))
+            grown = <pollfd*>realloc(self.polls, self.poll_room * 2 * sizeof(pollfd))
             if grown == NULL:
                 return -1
-            self.polls, self.poll_room = grown, self.poll_room * 2 + 16
+            self.polls, self.poll_room = grown, self.poll_room * 2
         self.polls[self.poll_count].fd = fd
         self.polls[self.poll_count].events = events
         self.polls[self.poll_count].revents = 0
         self.poll_count += 1
         return self.poll_count - 1
 
-    cdef ssize_t give(self, const void* data, size_t length) noexcept nogil:
-        """A frame for the guest. One that it does not take in time is dropped; TCP sends it again."""
-        cdef iovec vector[2]
-        cdef pollfd room
-        cdef ssize_t done
-        vector[0].iov_base, vector[0].iov_len = EMPTY_HEADER, atomic_load_u32(&self.header)
-        vector[1].iov_base, vector[1].iov_len = <void*>data, length
-        done = writev(self.inner, vector, 2)
-        if done < 0 and not self.congested:
-            room.fd, room.events, room.revents = self.inner, POLLOUT, 0
-            poll(&room, 1, PATIENCE)
-            done = writev(self.inner, vector, 2)
-        self.congested = done < 0
-        return <ssize_t>length
+    cdef void give(self, const void* data, uint32_t length) noexcept nogil:
+        """A frame for the guest. One for which there is no room is dropped; TCP sends it again."""
+        if length > STORE - LENGTH - self.end:
+            memmove(self.store, self.store + self.first, self.end - self.first)
+            self.end -= self.first
+            self.first = 0
+            if length > STORE - LENGTH - self.end:
+                return
+        memcpy(self.store + self.end, &length, LENGTH)
+        memcpy(self.store + self.end + LENGTH, data, length)
+        self.end += LENGTH + length
+        self.kept += 1
+        if self.calls and self.reader is not None:
+            self.reader.ready(EPOLLIN)
+
+    cdef ssize_t take(self, const iovec* vector, int count, uint32_t header) noexcept nogil:
+        """The next frame for the guest, behind an empty header, as NetBackend.receive."""
+        cdef uint64_t rings
+        cdef uint32_t length, done
+        cdef uint8_t* frame = self.store + self.first + LENGTH
+        if self.first == self.end:
+            self.first = self.end = 0               # the next frames lie where these lay, in the CPU's cache
+            if self.rung:
+                self.rung = False
+                read(self.bell, &rings, sizeof(rings))
+            return -EAGAIN
+        memcpy(&length, self.store + self.first, LENGTH)
+        self.first += LENGTH + length
+        self.kept -= 1
+        done = scatter(vector, count, 0, EMPTY_HEADER, header)
+        return done + scatter(vector, count, done, frame, length)
+
+
+cdef uint32_t scatter(const iovec* vector, int count, uint32_t skip, const uint8_t* data, uint32_t length) noexcept nogil:
+    """`data` into the buffers from their byte `skip` on; how much of it there was room for."""
+    cdef uint32_t done = 0
+    cdef size_t step
+    cdef int i
+    for i in range(count):
+        if skip >= vector[i].iov_len:
+            skip -= <uint32_t>vector[i].iov_len
+            continue
+        step = min(<size_t>(length - done), vector[i].iov_len - skip)
+        memcpy(<uint8_t*>vector[i].iov_base + skip, data + done, step)
+        done += <uint32_t>step
+        skip = 0
+        if done == length:
+            break
+    return done
 
 
 cdef bint is_for_loopback(const uint8_t* frame, ssize_t length) noexcept nogil:
@@ -186,7 +236,8 @@ cdef bint is_for_loopback(const uint8_t* frame, ssize_t length) noexcept nogil:
 # What libslirp calls, in our thread. Its only timer is that of IPv6 advertisements, which are off.
 
 cdef ssize_t send_packet(const void* data, size_t length, void* opaque) noexcept nogil:
-    return (<UserNet>opaque).give(data, length)
+    (<Router>opaque).give(data, <uint32_t>length)
+    return <ssize_t>length
 
 
 cdef void guest_error(const char* message, void* opaque) noexcept nogil:
@@ -223,7 +274,7 @@ cdef int add_poll(int fd, int events, void* opaque) noexcept nogil:
         wanted |= POLLIN
     if events & SLIRP_POLL_OUT:
         wanted |= POLLOUT
-    return (<UserNet>opaque).watch(fd, wanted)
+    return (<Router>opaque).watch(fd, wanted)
 
 
 cdef int get_revents(int index, void* opaque) noexcept nogil:
@@ -231,7 +282,7 @@ cdef int get_revents(int index, void* opaque) noexcept nogil:
     cdef int events = 0
     if index < OWN_POLLS:                            # there was no memory for it
         return 0
-    found = (<UserNet>opaque).polls[index].revents
+    found = (<Router>opaque).polls[index].revents
     if found & POLLIN:
         events |= SLIRP_POLL_IN
     if found & POLLOUT:

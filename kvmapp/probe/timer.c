@@ -1,6 +1,8 @@
 /*
  * Time: the 8254 PIT, the local APIC timer and the ACPI PM timer, each tested against another; and waiting, which sleeps
  * in HLT with the local APIC timer as the deadline, so that a lost interrupt fails a step instead of hanging the probe.
+ * A busy host may put the whole machine aside for longer than any of these times, and they go on meanwhile: so nothing is
+ * given up, and nothing is measured, by a single stretch of time.
  * Intel 8254 datasheet; SDM 3A 11.5.4; ACPI 4.8.3.3. Not here: HPET, TSC deadline, kvmclock.
  */
 #include "probe.h"
@@ -18,6 +20,8 @@
 #define DIVIDE_BY_16 3
 
 #define CALIBRATION_MS 5
+#define ROUNDS 3
+#define STRETCH_MS 10
 
 static u32 lapic_ticks_per_ms = 62500;  /* of a 1 GHz bus, until timer_start measures it */
 
@@ -47,25 +51,34 @@ static u32 pit_run(u32 ticks)
 
 void timer_start(void)
 {
+    u32 ratio = 0xFFFFFFFF;             /* the least: the PIT, which has 16 bits, misses what a vCPU that is put aside lets pass */
     lapic_write(LAPIC_TIMER_DIVIDE, DIVIDE_BY_16);
     lapic_write(LAPIC_LVT_TIMER, LVT_MASKED | VECTOR_TIMER);
     pit_start(0);
-    lapic_write(LAPIC_TIMER_INITIAL, 0xFFFFFFFF);
-    u32 pit_ticks = pit_run(PIT_HZ / 1000 * CALIBRATION_MS);
-    u32 lapic_ticks = 0xFFFFFFFF - lapic_read(LAPIC_TIMER_CURRENT);
+    for (u32 round = 0; round < ROUNDS; round++) {
+        lapic_write(LAPIC_TIMER_INITIAL, 0xFFFFFFFF);
+        u32 pit_ticks = pit_run(PIT_HZ / 1000 * CALIBRATION_MS);
+        u32 lapic_ticks = 0xFFFFFFFF - lapic_read(LAPIC_TIMER_CURRENT);
+        if (lapic_ticks / pit_ticks < ratio)
+            ratio = lapic_ticks / pit_ticks;
+    }
     lapic_write(LAPIC_TIMER_INITIAL, 0);
-    if (lapic_ticks / pit_ticks)
-        lapic_ticks_per_ms = lapic_ticks / pit_ticks * (PIT_HZ / 1000);
+    if (ratio)
+        lapic_ticks_per_ms = ratio * (PIT_HZ / 1000);
     lapic_write(LAPIC_LVT_TIMER, VECTOR_TIMER);
 }
 
 bool wait_for(const volatile u32 *count, u32 target, u32 milliseconds)
 {
-    u32 alarm = interrupts[VECTOR_TIMER];
-    lapic_write(LAPIC_TIMER_INITIAL, lapic_ticks_per_ms * milliseconds);
-    while ((int)(*count - target) < 0 && interrupts[VECTOR_TIMER] == alarm)
-        halt_until_interrupt();
-    lapic_write(LAPIC_TIMER_INITIAL, 0);
+    while ((int)(*count - target) < 0 && milliseconds) {
+        u32 stretch = milliseconds < STRETCH_MS ? milliseconds : STRETCH_MS;
+        u32 alarm = interrupts[VECTOR_TIMER];
+        lapic_write(LAPIC_TIMER_INITIAL, lapic_ticks_per_ms * stretch);
+        while ((int)(*count - target) < 0 && interrupts[VECTOR_TIMER] == alarm)
+            halt_until_interrupt();
+        lapic_write(LAPIC_TIMER_INITIAL, 0);
+        milliseconds -= stretch;
+    }
     return (int)(*count - target) >= 0;
 }
 
@@ -103,15 +116,21 @@ enum verdict test_ioapic(void)
     return ok("PIT ticks on pin %u of the I/O APIC", gsi);
 }
 
-/* A one-shot of 3 ms must take about 3 ms by the PIT; a busy host may make it later, nothing may make it earlier. */
+/*
+ * A one-shot of 3 ms must take about 3 ms by the PIT; a busy host may make it later, nothing may make it earlier. One that is
+ * later than the PIT can count seems to be early: three are tried.
+ */
 enum verdict test_lapic_timer(void)
 {
-    u32 before = interrupts[VECTOR_TIMER];
+    u32 microseconds = 0;
     pit_start(0);
-    u32 start = pit_read();
-    sleep_ms(3);
-    u32 microseconds = ((start - pit_read()) & 0xFFFF) * 1000 / (PIT_HZ / 1000);
-    CHECK(interrupts[VECTOR_TIMER] == before + 1, "%u interrupts of one one-shot", interrupts[VECTOR_TIMER] - before);
+    for (u32 round = 0; round < ROUNDS && microseconds <= 2000; round++) {
+        u32 before = interrupts[VECTOR_TIMER];
+        u32 start = pit_read();
+        sleep_ms(3);
+        microseconds = ((start - pit_read()) & 0xFFFF) * 1000 / (PIT_HZ / 1000);
+        CHECK(interrupts[VECTOR_TIMER] == before + 1, "%u interrupts of one one-shot", interrupts[VECTOR_TIMER] - before);
+    }
     CHECK(microseconds > 2000, "a one-shot of 3000 us ended after %u us", microseconds);
     return ok("one-shot interrupt, %u ticks a millisecond", lapic_ticks_per_ms);
 }
@@ -123,7 +142,7 @@ enum verdict test_pm_timer(void)
     if (!platform.pm_timer)
         return skip("no FADT to tell its port");
     pit_start(0);
-    for (u32 round = 0; round < 3; round++) {
+    for (u32 round = 0; round < ROUNDS; round++) {
         u32 start = in32(platform.pm_timer);
         u32 pit_ticks = pit_run(PIT_HZ / 1000 * CALIBRATION_MS);
         u32 pm_ticks = (in32(platform.pm_timer) - start) & PM_TIMER_MASK;

@@ -86,6 +86,8 @@ cdef class VirtioDevice(Device):
 
     # within
     cdef void serve(self, Virtqueue queue) noexcept nogil
+    cdef bint look(self, Virtqueue queue) noexcept nogil
+    cdef void hush(self, Virtqueue queue, bint quiet) noexcept nogil
     cdef bint agree(self) noexcept nogil
     cdef bint agree_legacy(self) noexcept nogil
     cdef bint is_begun(self) noexcept nogil

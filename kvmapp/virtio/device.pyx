@@ -19,7 +19,7 @@ Made paused: `resume` starts it. Drivers older than VIRTIO 1.0 come through the 
 features without FEATURES_OK, and some kick, or change their mind about features, before DRIVER_OK (`begin_legacy`).
 Left out: shared memory regions.
 """
-from libc.stdint cimport UINT8_MAX, UINT32_MAX, UINT64_MAX
+from libc.stdint cimport UINT8_MAX, UINT32_MAX, UINT64_MAX, uint16_t
 from libc.string cimport memcpy
 
 from kvmapp.abi.posix cimport (atomic_load_u32, atomic_or_u32, atomic_store_u32, pthread_mutex_lock,
@@ -59,6 +59,13 @@ cdef class QueueDoorbell(Doorbell):
     def __cinit__(self, VirtioDevice device not None, Virtqueue queue not None):
         self.device = device
         self.queue = queue
+        self.can_look = True
+
+    cdef bint look(self) noexcept nogil:
+        return self.device.look(self.queue)
+
+    cdef void hush(self, bint quiet) noexcept nogil:
+        self.device.hush(self.queue, quiet)
 
     cdef void rung(self) noexcept nogil:
         self.device.serve(self.queue)
@@ -379,6 +386,26 @@ cdef class VirtioDevice(Device):
         """A kick, in the I/O thread."""
         pthread_mutex_lock(&queue.lock)
         if queue.live:
+            self.kicked(queue)
+        pthread_mutex_unlock(&queue.lock)
+
+    cdef bint look(self, Virtqueue queue) noexcept nogil:
+        """Without a kick, in the I/O thread: serves the queue when a request waits; whether one could be taken."""
+        cdef uint16_t before
+        cdef bint found = False
+        pthread_mutex_lock(&queue.lock)
+        if queue.live and queue.waits():
+            before = queue.last_avail
+            self.kicked(queue)
+            found = queue.last_avail != before
+        pthread_mutex_unlock(&queue.lock)
+        return found
+
+    cdef void hush(self, Virtqueue queue, bint quiet) noexcept nogil:
+        """Whether the driver need not kick, for the I/O thread looks. Its end asks for kicks, as any round that finds no more requests."""
+        pthread_mutex_lock(&queue.lock)
+        queue.quiet = quiet
+        if queue.live and not quiet:
             self.kicked(queue)
         pthread_mutex_unlock(&queue.lock)
 

@@ -5,7 +5,7 @@ on its command line; boot/). Registers have version 2 of the layout, or version 
 edges on the line, sent by an irqfd; each queue's doorbell is an ioeventfd on the one notify register. An acknowledgement takes back
 only what the driver had seen, so that it may arrive late (a coalesced store). Left out: shared memory.
 """
-from libc.stdint cimport UINT32_MAX
+from libc.stdint cimport UINT16_MAX, UINT32_MAX
 
 from kvmapp.abi.posix cimport (atomic_load_u32, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
                                pthread_mutex_unlock)
@@ -39,6 +39,7 @@ cdef enum:
     QUEUE_DESC = 0x080               # three 64-bit addresses, each in two halves
     QUEUE_DRIVER = 0x090
     QUEUE_DEVICE = 0x0A0
+    SHM_SELECT = 0x0AC
     SHM_LENGTH = 0x0B0               # and its base behind it: all ones, there is no such region
     SHM_END = 0x0C0
     QUEUE_RESET = 0x0C0
@@ -131,6 +132,9 @@ cdef class VirtioMmio(Device):
         self.device.pause()
 
     def resume(self):
+        """An edge that KVM had still to carry when the machine was saved is in none of its chips' states: with a cause left, one more."""
+        if self.state.isr:
+            self.line.trigger()
         self.device.resume()
 
     def close(self):
@@ -203,6 +207,8 @@ cdef class VirtioMmio(Device):
             self.state.page_size = value
         elif offset == QUEUE_ALIGN:
             self.state.alignment = value
+        elif offset == SHM_SELECT:
+            pass                         # whichever is selected, there is none
         elif offset == STATUS:
             if self.legacy:
                 self.device.set_legacy_status(value)
@@ -227,7 +233,7 @@ cdef class VirtioMmio(Device):
         elif queue.enabled:
             self.complain(b"an enabled queue cannot be changed, register", offset)
         elif offset == QUEUE_NUM:
-            queue.size = value
+            queue.size = min(value, <uint32_t>UINT16_MAX)    # more is as wrong as this, which a saved queue can bear
         elif offset & ~<uint32_t>4 == QUEUE_DESC:
             queue.desc_gpa = with_half(queue.desc_gpa, upper, value)
         elif offset & ~<uint32_t>4 == QUEUE_DRIVER:

@@ -41,6 +41,7 @@ cdef class QueuePair:
     cdef uint32_t vector_count
     cdef uint64_t room               # bytes
     cdef Chain chain
+    cdef Chain outgoing              # of its own: a backend that answers has `receive` run within `send`
     cdef uint8_t overflow[8]
 
     cdef readonly uint64_t rx_packets, rx_bytes, rx_dropped

@@ -17,6 +17,7 @@ cdef enum:
     RX = 0                           # of the pair
     TX = 1
     BATCH = 128                      # frames in a round, then others have their turn
+    SHOWN = 64                       # ... and so many the driver sees at once: it works on them while we do the next
     ETHERNET_HEADER = 14
     VLAN_TAG = 4
     NUM_BUFFERS = 10                 # offset in the header
@@ -41,10 +42,12 @@ cdef class QueuePair:
         self.device, self.backend, self.receiver, self.transmitter = device, backend, receiver, transmitter
         self.header = NET_HEADER
         chain_allocate(&self.chain, QUEUE_SIZE_MAX)
+        chain_allocate(&self.outgoing, QUEUE_SIZE_MAX)
         self.reader = FrameReader(self)
 
     def __dealloc__(self):
         chain_free(&self.chain)
+        chain_free(&self.outgoing)
 
     def use_vhost(self, int fd):
         """From now on the host's kernel works on the queues, by the open /dev/vhost-net `fd`. Raises HostError."""
@@ -55,12 +58,17 @@ cdef class QueuePair:
         self.leave_thread()
         if self.reader.fd >= 0:
             thread.add(self.reader, EPOLLET)
+        if self.backend.waiter is not None:
+            self.backend.answers = True
+            thread.wait_by(self.backend.waiter, self.reader)
         if self.vhost is not None:
             for source in (*self.vhost.calls, *self.vhost.faults):
                 thread.add(source)
 
     def leave_thread(self):
         """When this returns nothing of the pair is served any more."""
+        if self.backend.waiter is not None and self.reader.thread is not None:
+            self.reader.thread.wait_by(None)
         for source in (self.reader, *(() if self.vhost is None else (*self.vhost.calls, *self.vhost.faults))):
             if (<EventSource>source).thread is not None:
                 (<EventSource>source).thread.remove(source)
@@ -153,13 +161,15 @@ cdef class QueuePair:
             if length < 0:
                 if length != -EAGAIN and length != -EBADFD:      # the latter: a queue of the tap's that is not used now
                     self.device.complain(b"no frames from the host, error", -length)
-                self.watch_frames(length == -EAGAIN)
+                self.watch_frames(length != -EBADFD)     # an error is that of one frame, lost as on a wire: the next one may be good
                 return
             if length <= self.header or <uint64_t>length > self.room:
                 self.rx_dropped += 1
             else:
                 self.deliver(queue, length)
             done += 1
+            if done % SHOWN == 0:
+                self.device.notify_used(queue)
         queue.doorbell.press()
 
     cdef bint post(self, Virtqueue queue) noexcept nogil:
@@ -238,13 +248,16 @@ cdef class QueuePair:
     # ---- transmit
 
     cdef void transmit(self, Virtqueue queue) noexcept nogil:
+        """Frames, and then one more look: a driver that sends many adds some meanwhile, and need not kick for each of them."""
         cdef uint32_t done = 0
-        while done < BATCH:
-            if queue.pop(&self.chain) != 1:
+        while done == 0 or done < BATCH and queue.waits():
+            if queue.pop(&self.outgoing) != 1:
                 return
-            self.send(&self.chain)
-            queue.push(&self.chain, 0)
+            self.send(&self.outgoing)
+            queue.push(&self.outgoing, 0)
             done += 1
+            if done % SHOWN == 0:
+                self.device.notify_used(queue)
         queue.doorbell.press()
 
     cdef void send(self, Chain* chain) noexcept nogil:

@@ -80,12 +80,15 @@ cdef class PackedVirtqueue(Virtqueue):
         self.held = NULL
         memset(self.spans, 0, self.size_max * sizeof(uint16_t))
 
+    cdef bint waits(self) noexcept nogil:
+        return self.is_available(self.last_avail, self.avail_wrap) if self.packed else Virtqueue.waits(self)
+
     cdef int pop(self, Chain* chain) noexcept nogil:
         if not self.packed:
             return Virtqueue.pop(self, chain)
         if self.broken:
             return -1
-        if not self.is_available(self.last_avail, self.avail_wrap) and (self.kicks_wanted or not self.arm()):
+        if not self.waits() and (self.quiet or self.kicks_wanted or not self.arm()):
             return 0
         if self.budget == 0:
             self.doorbell.press()
@@ -155,25 +158,16 @@ cdef class PackedVirtqueue(Virtqueue):
         return self.driver_wants(moved)
 
     cdef bint arm(self) noexcept nogil:
-        cdef uint32_t index = self.last_avail, i
-        cdef bint wrap = self.avail_wrap
         if not self.packed:
             return Virtqueue.arm(self)
-        for i in range(self.size):           # past those that wait already
-            if not self.is_available(index, wrap):
-                break
-            index += 1
-            if index == self.size:
-                index = 0
-                wrap = not wrap
         self.kicks_wanted = True
         if self.event_index:
-            ring_store_u16(self.used, <uint16_t>(index | <uint32_t>wrap << WRAP_BIT))
+            ring_store_u16(self.used, <uint16_t>(self.last_avail | <uint32_t>self.avail_wrap << WRAP_BIT))
             ring_store_u16(self.used + EVENT_FLAGS, EVENTS_BY_DESC)
         else:
             ring_store_u16(self.used + EVENT_FLAGS, EVENTS_ENABLED)
         atomic_fence()                       # our wish before our load of the descriptor's flags
-        return self.is_available(index, wrap)
+        return self.waits()
 
     # ---- within
 

@@ -362,14 +362,15 @@ cdef class VirtioPci(PciFunction):
         self.device.hold(not self.is_bus_master())
 
     cdef void interrupt(self, uint32_t vector, uint32_t isr_bit) noexcept nogil:
-        """Any thread: an MSI-X message where the driver chose a vector, else the ISR bit and the pin (4.1.5.3, 4.1.5.4)."""
-        if self.is_msix_enabled():
-            self.signal(vector)
-            return
+        """Any thread: an MSI-X message where the driver chose a vector, else the ISR bit and the pin (4.1.5.3, 4.1.5.4). Which of them is
+        asked with the lock held: a driver that switches meanwhile finds it on the one side or the other."""
         pthread_mutex_lock(&self.signals)
-        self.state.isr |= isr_bit
-        self.intx_level = True
-        self.drive_intx()
+        if self.is_msix_enabled():
+            self.msix.signal(vector)
+        else:
+            self.state.isr |= isr_bit
+            self.intx_level = True
+            self.drive_intx()
         pthread_mutex_unlock(&self.signals)
 
     cdef uint32_t take_isr(self) noexcept nogil:

@@ -1,12 +1,18 @@
 from libc.stdint cimport uint32_t, uint64_t
 
+from kvmapp.abi.vhost cimport vhost_memory_region
 from kvmapp.iothread cimport Doorbell
-from kvmapp.memory cimport GuestMemory
+from kvmapp.memory cimport MAX_REGIONS, GuestMemory
 from kvmapp.virtio.device cimport VirtioDevice
 from kvmapp.virtio.virtqueue cimport Virtqueue
 
 cdef enum:
     VHOST_QUEUES = 2                 # of one descriptor: receive and transmit
+
+cdef struct MemoryTable:             # struct vhost_memory with its regions
+    uint32_t nregions
+    uint32_t padding
+    vhost_memory_region regions[MAX_REGIONS]
 
 
 cdef class VhostCall(Doorbell):
@@ -38,3 +44,6 @@ cdef class VhostNet:
     cdef int aim(self, uint32_t index, int vector) noexcept nogil
     cdef int give_file(self, unsigned long request, uint32_t index, int fd) noexcept nogil
     cdef int give_number(self, unsigned long request, uint32_t index, uint32_t number) noexcept nogil
+
+
+cdef MemoryTable table_of(GuestMemory memory) noexcept nogil

@@ -9,13 +9,12 @@ from libc.stdint cimport uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from kvmapp.abi.epoll cimport EPOLLET, EPOLLIN
-from kvmapp.abi.posix cimport close, errno, ioctl, read
+from kvmapp.abi.posix cimport close, errno, ioctl, pthread_mutex_lock, pthread_mutex_unlock, read
 from kvmapp.abi.vhost cimport (VHOST_GET_FEATURES, VHOST_GET_VRING_BASE, VHOST_NET_SET_BACKEND, VHOST_SET_FEATURES,
                                VHOST_SET_MEM_TABLE, VHOST_SET_OWNER, VHOST_SET_VRING_ADDR, VHOST_SET_VRING_BASE,
                                VHOST_SET_VRING_CALL, VHOST_SET_VRING_ERR, VHOST_SET_VRING_KICK, VHOST_SET_VRING_NUM,
-                               vhost_memory_region, vhost_vring_addr, vhost_vring_file, vhost_vring_state)
+                               vhost_vring_addr, vhost_vring_file, vhost_vring_state)
 from kvmapp.abi.virtio cimport VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, ring_load_u16
-from kvmapp.memory cimport MAX_REGIONS
 
 import os
 
@@ -24,11 +23,6 @@ from kvmapp.errors import HostError
 cdef enum:
     NO_BACKEND = -1
     MRG_RXBUF = 15                   # VIRTIO_NET_F_MRG_RXBUF
-
-cdef struct MemoryTable:             # struct vhost_memory with its regions
-    uint32_t nregions
-    uint32_t padding
-    vhost_memory_region regions[MAX_REGIONS]
 
 # Feature bits that the kernel must know of; the others are between the driver, the device and the tap.
 cdef uint64_t KERNEL_FEATURES = (<uint64_t>1 << VIRTIO_F_VERSION_1 | <uint64_t>1 << VIRTIO_RING_F_EVENT_IDX |
@@ -52,8 +46,12 @@ cdef class VhostFault(Doorbell):
         self.device, self.queue = device, queue
 
     cdef void rung(self) noexcept nogil:
-        self.device.complain(b"vhost found a broken ring, queue", self.queue.index)
-        self.device.need_reset()
+        """Not of a queue that was reset meanwhile: who resets a device waits until its status is 0 (VIRTIO 1.2, 2.1.2)."""
+        pthread_mutex_lock(&self.queue.lock)
+        if self.queue.enabled:
+            self.device.complain(b"vhost found a broken ring, queue", self.queue.index)
+            self.device.need_reset()
+        pthread_mutex_unlock(&self.queue.lock)
 
 
 cdef class VhostNet:
@@ -87,13 +85,7 @@ cdef class VhostNet:
             self.fd = -1
 
     cdef int tell_memory(self) except -1:
-        cdef MemoryTable table
-        memset(&table, 0, sizeof(table))
-        table.nregions = self.memory.count
-        for i in range(self.memory.count):
-            table.regions[i].guest_phys_addr = self.memory.regions[i].gpa
-            table.regions[i].memory_size = self.memory.regions[i].size
-            table.regions[i].userspace_addr = <uint64_t>self.memory.regions[i].hva
+        cdef MemoryTable table = table_of(self.memory)
         if ioctl(self.fd, VHOST_SET_MEM_TABLE, &table) < 0:
             self.refuse("VHOST_SET_MEM_TABLE")
         return 0
@@ -151,6 +143,7 @@ cdef class VhostNet:
         self.give_file(VHOST_SET_VRING_KICK, index, -1)
         self.running[index] = False
         queue.doorbell.watch(EPOLLIN)
+        read(self.fault_fds[index], &count, sizeof(count))       # a ring that is still broken later will be found so again
         if read(self.notice_fds[index], &count, sizeof(count)) == sizeof(count):
             self.device.transport.queue_interrupt(queue.index)
 
@@ -174,3 +167,16 @@ cdef class VhostNet:
         state.index = index
         state.num = number
         return 0 if ioctl(self.fd, request, &state) == 0 else -errno
+
+
+cdef MemoryTable table_of(GuestMemory memory) noexcept nogil:
+    """Where guest memory lies in this process, as the kernel wants to be told."""
+    cdef MemoryTable table
+    cdef int i
+    memset(&table, 0, sizeof(table))
+    table.nregions = memory.count
+    for i in range(memory.count):
+        table.regions[i].guest_phys_addr = memory.regions[i].gpa
+        table.regions[i].memory_size = memory.regions[i].size
+        table.regions[i].userspace_addr = <uint64_t>memory.regions[i].hva
+    return table

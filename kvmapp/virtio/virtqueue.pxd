@@ -51,6 +51,7 @@ cdef class Virtqueue:
     cdef bint live                   # enabled, and the device may work on it now
     cdef readonly bint broken        # the driver broke the ring: nothing more until a reset
     cdef bint kicks_wanted           # the driver was told to kick
+    cdef bint quiet                  # it need not be: the queue's thread looks by itself
     cdef uint32_t budget             # pops left in this round
     cdef uint16_t last_avail         # next entry of the avail ring to take
     cdef uint16_t next_used          # next entry of the used ring to fill
@@ -63,6 +64,7 @@ cdef class Virtqueue:
     cdef void settle(self, bint indirect, bint event_index) noexcept nogil
     cdef void lay_out(self, uint64_t base, uint64_t align) noexcept nogil
     cdef void disable(self) noexcept nogil
+    cdef bint waits(self) noexcept nogil
     cdef int pop(self, Chain* chain) noexcept nogil
     cdef void unpop(self, Chain* chain) noexcept nogil
     cdef void push(self, Chain* chain, uint32_t written) noexcept nogil

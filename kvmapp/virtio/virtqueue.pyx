@@ -182,6 +182,10 @@ cdef class Virtqueue:
         self.last_avail = self.next_used = self.published = 0
         pthread_mutex_unlock(&self.lock)
 
+    cdef bint waits(self) noexcept nogil:
+        """Whether there is a request; where not, the driver is not asked for kicks as by `pop`, and the device has to come back."""
+        return ring_load_u16(self.avail + 2) != self.last_avail
+
     cdef int pop(self, Chain* chain) noexcept nogil:
         """The next request: 1 and a filled chain, 0 when this round is over (a kick will come), -1 when the ring is broken."""
         cdef uint16_t waiting
@@ -189,7 +193,7 @@ cdef class Virtqueue:
             return -1
         waiting = ring_load_u16(self.avail + 2) - self.last_avail
         if waiting == 0:
-            if self.kicks_wanted or not self.arm():
+            if self.quiet or self.kicks_wanted or not self.arm():
                 return 0
             waiting = ring_load_u16(self.avail + 2) - self.last_avail
         if self.budget == 0:
@@ -242,18 +246,18 @@ cdef class Virtqueue:
         return <uint16_t>(self.published - event - 1) < <uint16_t>(self.published - old)
 
     cdef bint arm(self) noexcept nogil:
-        """Asks for a kick at the next request beyond those waiting (2.7.10); whether one came before the driver could know.
+        """Asks for a kick at the next request that is to be popped (2.7.10); whether it came before the driver could know.
 
-        `pop` does it when there is none. A device that waits for more than there are calls it, after `unpop`.
+        The wish is for `last_avail`, not for what the driver shows by now: a request that came since the last look would lie behind it,
+        and neither a kick nor this answer would tell of it.
         """
-        cdef uint16_t seen = ring_load_u16(self.avail + 2)
         self.kicks_wanted = True
         if self.event_index:
-            ring_store_u16(self.used + RING_HEADER + USED_ELEM_SIZE * self.size, seen)
+            ring_store_u16(self.used + RING_HEADER + USED_ELEM_SIZE * self.size, self.last_avail)
         else:
             ring_store_u16(self.used, 0)
         atomic_fence()                   # our wish before our load of avail.idx
-        return ring_load_u16(self.avail + 2) != seen
+        return self.waits()
 
     cdef int walk(self, uint16_t head, Chain* chain) noexcept nogil:
         """Collects the buffers of the chain that starts at `head`; 0, or -1 and broken."""

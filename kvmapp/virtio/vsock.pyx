@@ -366,11 +366,12 @@ cdef class VirtioVsock(VirtioDevice):
 
     # ---- the host's sockets
 
-    cdef void sockets_ready(self, epoll_event* events, int count) noexcept nogil:
+    cdef void sockets_ready(self) noexcept nogil:
         """Notes what the sockets are ready for; in the I/O thread. The guest is served by the receive queue's kick."""
+        cdef epoll_event events[EVENTS]
         cdef int i
-        pthread_mutex_lock(&self.table)
-        for i in range(count):
+        pthread_mutex_lock(&self.table)                  # before the look: what it tells is of connections that stand in the table
+        for i in range(epoll_wait(self.events.fd, events, EVENTS, 0)):
             if events[i].data.u64 == LISTENER:
                 self.accept_host()
             elif events[i].data.u64 < CONNECTIONS:
@@ -473,7 +474,4 @@ cdef class SocketEvents(EventSource):
         return epoll_ctl(self.fd, EPOLL_CTL_ADD, fd, &event)
 
     cdef void ready(self, uint32_t events) noexcept nogil:
-        cdef epoll_event batch[EVENTS]
-        cdef int count = epoll_wait(self.fd, batch, EVENTS, 0)
-        if count > 0:
-            self.device.sockets_ready(batch, count)
+        self.device.sockets_ready()

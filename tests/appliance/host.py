@@ -28,8 +28,8 @@ class PlainHost:
 
     def __init__(self):
         self.folder = new_folder()
-        self.images = images.obtain()
-        self.disk = overlay(self.folder / "disk.qcow2", self.images)
+        self.kernel = ""                                        # which Linux it boots: Debian's own, or another release
+        self.disk = overlay(self.folder / "disk.qcow2", images.obtain())
         self.nested: NestedHost | None = None
         self.words: list[str] = []                              # everything that was said, for the report of a failure
 
@@ -37,9 +37,10 @@ class PlainHost:
         """The emulated host itself hangs or panics now and then: it is booted again then, as after a power cut, and this is said."""
         out = self.folder / "shared"
         out.mkdir(exist_ok=True)
+        found = images.obtain(other_kernel=self.kernel)
         for left in reversed(range(BOOTS)):
             self.nested = NestedHost(self.folder, out)
-            self.nested.start(self.images, Hardware(disk=self.disk, sysvinit=True), Share(CHECKOUT, site_packages(), out))
+            self.nested.start(found, Hardware(disk=self.disk, sysvinit=True), Share(CHECKOUT, site_packages(), out))
             try:
                 self.nested.run(["true"], BOOT_TIMEOUT)
                 return
@@ -49,10 +50,10 @@ class PlainHost:
                     raise
                 print(f"\nlab: {error}: booted again; the console's end:\n{self.console()[-1500:]}", flush=True)
 
-    def run(self, command: str) -> Said:
+    def run(self, command: str, seconds: float = PATIENCE) -> Said:
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             try:
-                status = self.nested.run([f"cd /root\n{command}"], PATIENCE, (out.fileno(), err.fileno()))
+                status = self.nested.run([f"cd /root\n{command}"], seconds, (out.fileno(), err.fileno()))
             except (NestedHostDied, OSError):
                 PlainHost.lost = True
                 raise

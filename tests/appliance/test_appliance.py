@@ -1,5 +1,5 @@
-"""The appliance on a plain host, as a newcomer uses it: setup, init script, two Linux domains, the words and effects of every verb
-of mission.md's rows 2, 6-15 and 19-21, then reboots of the host.
+"""The appliance on a plain host, as a newcomer uses it: setup, init script, two Linux domains, the words and effects of the verbs that
+an administrator of libvirt's knows, then reboots of the host.
 
 The tests are chapters of one story, told by one host with a disk of its own: a boot of it costs more than all that is done there.
 It is always the lab's host, since nobody's own machine is set up and rebooted by a test.
@@ -173,9 +173,11 @@ def test_daemon_killed_and_started_and_stopped(host):
     host.eventually("/etc/init.d/kvmapp status", "^kvmapp dead but pid file exists$")
     assert "Failed to connect socket to '/run/kvmapp/kvmapp.sock': Connection refused\n" in host.refuses("kvmappctl list")
     assert host.says("/etc/init.d/kvmapp start") == "Starting kvmapp daemon: OK\n"
+    host.eventually("kvmappctl list", r"web +running")              # it may be late with its first word to the new daemon
     assert host.says("kvmappctl list") == " Id   Name   State\n----------------------\n 2    web    running\n"
     assert host.says("/etc/init.d/kvmapp restart") == "Stopping kvmapp daemon: OK\nStarting kvmapp daemon: OK\n"
     assert host.says("/etc/init.d/kvmapp reload") == "Reloading kvmapp daemon: OK\n"
+    host.eventually("kvmappctl list", r"web +running")
     assert state(host, "web").startswith("running") and host.says("pgrep -fx 'kvmapp: web'") == pid
 
 

@@ -1,5 +1,5 @@
-"""The notes of mission.md's table, replayed in their order on a plain host to which only the one file was copied: no Python, no
-compiler, no QEMU, no libvirt. Words and effects of rows 2, 6-16 and 19-21; then an upgrade under a guest that counts.
+"""An administrator's notes on KVM with virsh and virt-install, replayed in their order with kvmapp's commands, on a plain host to which
+only the one file was copied: no Python, no compiler, no QEMU, no libvirt. Then an upgrade under a guest that counts.
 
 Chapters of one story, told by one host, as in test_appliance.py.
 """
@@ -160,6 +160,7 @@ def test_stale_pid_file(host):
     host.eventually("/etc/init.d/kvmapp status", "^kvmapp dead but pid file exists$")
     assert "Failed to connect socket to '/run/kvmapp/kvmapp.sock': Connection refused\n" in host.refuses("kvmappctl list")
     assert host.says("/etc/init.d/kvmapp start") == "Starting kvmapp daemon: OK\n"
+    host.eventually("kvmappctl list", r"linuxvm02 +running")        # it may be late with its first word to the new daemon
     assert state(host).startswith("running") and host.says("pgrep -fx 'kvmapp: linuxvm02'") == pid
 
 

@@ -40,18 +40,22 @@ from kvmapp.hw.port92 import Port92
 from kvmapp.hw.pvpanic import Pvpanic
 from kvmapp.hw.reset_control import ResetControl
 from kvmapp.layout import PCI_ECAM_BASE
+from kvmapp.memory import GuestMemory
 from kvmapp.net.backend import FrameDescriptor
 from kvmapp.virtio.balloon import VirtioBalloon
 from kvmapp.virtio.blk import VirtioBlk
 from kvmapp.virtio.console import VirtioConsole
 from kvmapp.virtio.device import VirtioDevice
+from kvmapp.virtio.fs import VirtioFs
 from kvmapp.virtio.mmio import VirtioMmio
 from kvmapp.virtio.net import VirtioNet
 from kvmapp.virtio.pci import VirtioPci
 from kvmapp.virtio.rng import VirtioRng
 from kvmapp.virtio.transitional import TransitionalPci
 from kvmapp.virtio.vsock import VirtioVsock
+from tests.device.vhost_user_backend import Backend
 from tests.device.virtio_driver import Guest
+from tests.waiting import TIMEOUT
 
 SLOT = 1                                         # where the one card of a board is
 VIRTIO_STILL = {"isr", "intx", "pending", "broken", "generation", "queue_select", "driver_feature_select", "legacy"}
@@ -312,7 +316,7 @@ def virtio_console(board):
     driver.start(size=16)
     driver.queues[1].post(readable=[bytes(20)])
     driver.queues[1].kick()
-    assert select.select([backend.fd], [], [], 10)[0]       # the thread has sent what there is room for
+    assert select.select([backend.fd], [], [], TIMEOUT)[0]       # the thread has sent what there is room for
     device.resize(132, 50)
     driver.await_vector(0)
 
@@ -394,6 +398,23 @@ def virtio_vsock(board):
             driver.queues[1].kick()
             driver.queues[0].wait()
             driver.queues[2].post(writable=[4])
+
+
+@profile(VirtioFs, still=VIRTIO_STILL | {"tag"})
+def virtio_fs(board):
+    board.memory = GuestMemory(board.memory.size, shared=True)
+    with Backend() as backend:
+        driver = board.plug(VirtioFs("fs0", board.memory, "share", backend.fd))
+        yield driver.card
+        driver.start(size=16)
+        driver.queues[1].post(readable=[fuse_request(26)], writable=[80])
+        driver.queues[1].kick()
+        driver.queues[1].wait()
+
+
+def fuse_request(opcode: int, unique: int = 7, rest: bytes = b"") -> bytes:
+    """A struct fuse_in_header (linux/fuse.h) and what follows it."""
+    return struct.pack("<IIQQIIII", 40 + len(rest), opcode, unique, 1, 0, 0, 1, 0) + rest
 
 
 def vsock_packet(operation: int, guest_port: int, host_port: int, data: bytes = b"", *, flags: int = 0, window: int = 1 << 16,

@@ -15,6 +15,7 @@ from kvmapp.hw.reset_control import ResetControl
 from kvmapp.iothread import IoThread
 from kvmapp.layout import ACPI_RESET_VALUE, ACPI_SLEEP_TYPE_S5
 from kvmapp.state import StateError
+from tests.waiting import until
 
 PM = 0x600
 STATUS, ENABLE, CONTROL, TIMER, GPE_STATUS, GPE_ENABLE = PM, PM + 2, PM + 4, PM + 8, PM + 0x20, PM + 0x22
@@ -86,8 +87,7 @@ def test_the_timer_runs_at_its_rate_and_stands_still_while_paused(rig):
     before = time.monotonic()
     rig.pm.resume()
     started = time.monotonic()
-    while rig.bus.read(TIMER, 4) < TIMER_HZ // 50:
-        pass
+    until(lambda: rig.bus.read(TIMER, 4) >= TIMER_HZ // 50)
     inner = time.monotonic() - started
     ticks = rig.bus.read(TIMER, 4)
     outer = time.monotonic() - before
@@ -112,8 +112,7 @@ def test_a_timer_that_has_counted_for_ages_can_be_saved_and_restored_again(rig):
     """Found by the fuzzer: it counted past what the next restore takes."""
     rig.pm.restore({**rig.pm.save(), "ticks": (1 << 56) - 1, "half_turns": ((1 << 56) - 1) >> 31})
     rig.pm.resume()
-    while rig.pm.save()["ticks"] == (1 << 56) - 1:
-        pass
+    until(lambda: rig.pm.save()["ticks"] != (1 << 56) - 1)
     rig.pm.pause()
     rig.pm.restore(rig.pm.save())
 
@@ -125,10 +124,7 @@ def test_the_timer_s_event_comes_when_the_highest_bit_changes(rig):
     assert not rig.sci and not rig.bus.read(STATUS, 2)
     rig.thread.resume()
     rig.pm.resume()
-    deadline = time.monotonic() + 20
-    while not rig.sci:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    until(lambda: rig.sci)
     assert rig.bus.read(TIMER, 4) >= 1 << 31
     assert rig.bus.read(STATUS, 2) == TIMER_EVENT
     rig.bus.write(STATUS, 2, TIMER_EVENT)

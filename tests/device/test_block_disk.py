@@ -9,31 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmapp.block.backend import BlockFlag, BlockOperation
-from kvmapp.block.raw import RawDisk
 from kvmapp.block.session import DiskSession
+from tests.device.disks import open_raw, skip_what_the_host_lacks
 
 READ, WRITE, FLUSH, DISCARD, ZEROES = (BlockOperation(number) for number in range(5))
 MIB = 1 << 20
 SECTORS = 256
-
-
-def open_raw(path, **settings):
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        return RawDisk(fd, name="vda", path=str(path), **settings)
-    except BaseException:
-        os.close(fd)
-        raise
-
-
-def skip_what_the_host_lacks(path, io, cache):
-    try:
-        with open_raw(path, io=io, cache=cache) as disk:
-            DiskSession(disk).close()
-    except Exception as error:
-        if "io_uring" in str(error) or "page cache" in str(error):
-            pytest.skip(str(error))
-        raise
 
 
 @pytest.fixture(params=["threads-writeback", "io_uring-writeback", "threads-none", "io_uring-none", "threads-none4k",
@@ -44,7 +25,7 @@ def mode(request, tmp_path):
     settings = {"io": io, "cache": cache.removesuffix("4k"), "alignment": 4096 if cache.endswith("4k") else 512}
     probe = tmp_path / "probe"
     probe.write_bytes(bytes(4096))
-    skip_what_the_host_lacks(probe, io, settings["cache"])
+    skip_what_the_host_lacks(probe, io=io, cache=settings["cache"])
     return settings
 
 
@@ -201,7 +182,7 @@ def test_discard_can_be_switched_off(tmp_path, mode):
 def test_an_incomplete_last_sector_reads_as_zeroes_and_fills_when_written(tmp_path, io, caplog):
     path = tmp_path / "odd.img"
     path.write_bytes(b"a" * 1000)
-    skip_what_the_host_lacks(path, io, "writeback")
+    skip_what_the_host_lacks(path, io=io)
     with open_raw(path, io=io) as disk, DiskSession(disk) as session:
         assert disk.size == 1024
         assert "1000 bytes" in caplog.text
@@ -216,7 +197,7 @@ def test_an_incomplete_last_sector_reads_as_zeroes_and_fills_when_written(tmp_pa
 def test_an_odd_length_cannot_be_written_past_the_page_cache(tmp_path):
     path = tmp_path / "odd.img"
     path.write_bytes(b"a" * 1536)
-    skip_what_the_host_lacks(path, "threads", "none")
+    skip_what_the_host_lacks(path, cache="none")
     with pytest.raises(Exception, match="1536 bytes are no multiple of 4096"):
         open_raw(path, cache="none", alignment=4096)
     with open_raw(path, cache="none", alignment=4096, read_only=True) as disk, DiskSession(disk) as session:

@@ -8,8 +8,8 @@ import textwrap
 
 import pytest
 
-from kvmapp.block.raw import RawDisk
 from kvmapp.block.session import DiskSession
+from tests.device.disks import open_raw, skip_what_the_host_lacks
 
 MIB = 1 << 20
 
@@ -18,11 +18,7 @@ MIB = 1 << 20
 def io(request, tmp_path):
     path = tmp_path / "probe"
     path.write_bytes(bytes(512))
-    try:
-        with RawDisk(os.open(path, os.O_RDWR), io=request.param) as disk, DiskSession(disk):
-            pass
-    except Exception as error:
-        pytest.skip(str(error))
+    skip_what_the_host_lacks(path, io=request.param)
     return request.param
 
 
@@ -34,7 +30,7 @@ def image(tmp_path):
 
 
 def test_a_file_cut_behind_our_back_gives_errors_not_zeroes(image, io):
-    with RawDisk(os.open(image, os.O_RDWR), io=io) as disk, DiskSession(disk) as session:
+    with open_raw(image, io=io) as disk, DiskSession(disk) as session:
         os.truncate(image, MIB // 2)
         assert session.read(0, MIB // 2) == b"d" * (MIB // 2)
         for offset, length in ((MIB // 2, 512), (MIB - 512, 512), (MIB // 2 - 512, 1024)):
@@ -44,7 +40,7 @@ def test_a_file_cut_behind_our_back_gives_errors_not_zeroes(image, io):
 
 
 def test_a_write_beyond_what_the_host_allows_fails_and_the_next_one_works(image, io):
-    with RawDisk(os.open(image, os.O_RDWR), io=io) as disk, DiskSession(disk) as session:
+    with open_raw(image, io=io) as disk, DiskSession(disk) as session:
         disk.resize(2 * MIB)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (MIB, limits[1]))
@@ -97,7 +93,7 @@ def test_no_space_left_fails_those_writes_that_did_not_fit(tmp_path, io):
 def test_io_uring_refused_by_the_host_is_replaced_by_threads_unless_it_was_asked_for(image):
     """The kernel's io_uring_setup is made to fail as it does under a seccomp filter: by a limit on descriptors."""
     spare = []
-    with RawDisk(os.open(image, os.O_RDWR), io="auto") as disk, RawDisk(os.open(image, os.O_RDWR), io="io_uring") as asked:
+    with open_raw(image, io="auto") as disk, open_raw(image, io="io_uring") as asked:
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, limits[1]))
         try:
@@ -114,7 +110,7 @@ def test_io_uring_refused_by_the_host_is_replaced_by_threads_unless_it_was_asked
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
             for fd in spare:
                 os.close(fd)
-        assert session.channel.engine in ("threads", "io_uring")
+        assert session.channel.engine == "threads"
         session.write(0, b"t" * 512)
         assert session.read(0, 512) == b"t" * 512
 
@@ -125,7 +121,7 @@ def test_a_block_device_that_shrinks_under_us_gives_errors(image, io):
     if not device:
         pytest.skip("no loop device to be had here")
     try:
-        with RawDisk(os.open(device, os.O_RDWR), io=io, cache="none") as disk, DiskSession(disk) as session:
+        with open_raw(device, io=io, cache="none") as disk, DiskSession(disk) as session:
             assert disk.size == MIB
             session.write(MIB - 4096, b"w" * 4096)
             session.write_zeroes(0, 4096)

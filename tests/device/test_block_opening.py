@@ -1,4 +1,5 @@
 """Opening a disk: every refusal names the disk, the file, the reason and the next step; and no two guests write to one."""
+import gc
 import os
 import shutil
 import subprocess
@@ -196,6 +197,7 @@ def test_a_descriptor_opened_before_is_taken_over(image):
 def test_a_failed_open_leaves_no_descriptor_and_no_lock(tmp_path):
     path = tmp_path / "empty.img"
     path.touch()
+    gc.collect()                                             # so that nothing of other tests' is closed meanwhile
     before = len(os.listdir("/proc/self/fd"))
     refused(path)
     assert len(os.listdir("/proc/self/fd")) == before

@@ -54,3 +54,13 @@ def test_the_first_wish_wins_until_it_is_taken():
     power.ask(PowerEvent.POWER_OFF, 1)
     assert power.take() == (PowerEvent.RESET, 7)
     assert power.take() == (PowerEvent.RUNNING, 0)
+
+
+def test_what_only_tells_gives_way_to_a_wish_to_end():
+    """After it the guest goes on, and would wait for ever for the end that it was not given."""
+    power = Power()
+    wishes = (PowerEvent.CRASH_KERNEL, PowerEvent.WATCHDOG, PowerEvent.POWER_OFF, PowerEvent.WATCHDOG, PowerEvent.PANIC)
+    for code, event in enumerate(wishes):
+        power.ask(event, code)
+    assert power.take() == (PowerEvent.POWER_OFF, 2)
+    assert not power.asked

@@ -10,9 +10,11 @@ from kvmapp.devices import Bus, Interrupts
 from kvmapp.hw.cmos_rtc import CmosRtc
 from kvmapp.iothread import IoThread
 from kvmapp.state import StateError
+from tests.waiting import until
 
 GIB = 1 << 30
 SECONDS, SECONDS_ALARM, MINUTES, MINUTES_ALARM, HOURS, HOURS_ALARM, WEEKDAY, DAY, MONTH, YEAR = range(10)
+TICKS = 32768                            # a second
 A, B, C, D, CENTURY = 0xA, 0xB, 0xC, 0xD, 0x32
 UIP, DIVIDER, DIVIDER_RESET = 0x80, 0x20, 0x60
 SET, PIE, AIE, UIE, BINARY, H24 = 0x80, 0x40, 0x20, 0x10, 0x04, 0x02
@@ -44,14 +46,19 @@ class Rig:
         century = int(f"{self.get(CENTURY):x}")
         return calendar.timegm((century * 100 + fields[0], *fields[1:]))
 
-    def set_time(self, year, month, day, hour, minute, second):
-        """As Linux does it: SET, divider reset, the fields, and back."""
+    def shows(self, *when):
+        """Whether it is within the minute that begins then: a busy machine may keep a test waiting."""
+        return 0 <= self.time() - calendar.timegm(when) < 60
+
+    def set_time(self, year, month, day, hour, minute, second, enables=0):
+        """As Linux does it: SET, divider reset, the fields, and back, perhaps with interrupts enabled. Half a second later the next
+        second begins."""
         self.put(B, BINARY | H24 | SET)
         self.put(A, DIVIDER_RESET | 6)
         for index, value in ((YEAR, year % 100), (MONTH, month), (DAY, day), (HOURS, hour), (MINUTES, minute), (SECONDS, second)):
             self.put(index, value)
         self.put(CENTURY, int(str(year // 100), 16))
-        self.put(B, BINARY | H24)
+        self.put(B, BINARY | H24 | enables)
         self.put(A, DIVIDER | 6)
 
 
@@ -60,13 +67,6 @@ def rig():
     rig = Rig()
     yield rig
     rig.thread.close()
-
-
-def wait(happened):
-    deadline = time.monotonic() + 20
-    while not happened():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.001)
 
 
 def test_the_time_is_the_host_s(rig):
@@ -100,11 +100,13 @@ def test_hours_in_every_format(rig, format_bits, hour, expected):
 
 
 def test_a_time_that_was_set_goes_on_half_a_second_later(rig):
+    before = time.monotonic()
     rig.set_time(2099, 2, 28, 23, 59, 59)
-    assert rig.get(SECONDS) == 59, "the first second lasts half a second, far longer than this test"
-    assert rig.get(WEEKDAY) == 7
-    wait(lambda: rig.get(SECONDS) == 0)
-    assert [rig.get(index) for index in (YEAR, MONTH, DAY, HOURS, MINUTES)] == [99, 3, 1, 0, 0]
+    weekday, second = rig.get(WEEKDAY), rig.get(SECONDS)
+    assert (weekday, second) == (7, 59) or time.monotonic() - before > 0.49
+    until(lambda: rig.get(MONTH) == 3)
+    assert time.monotonic() - before > 0.49
+    assert rig.shows(2099, 3, 1, 0, 0, 0) and rig.get(WEEKDAY) == 1
 
 
 def test_set_stops_the_clock_and_the_format_changes_on_the_fly(rig):
@@ -121,28 +123,37 @@ def test_set_stops_the_clock_and_the_format_changes_on_the_fly(rig):
 def test_one_field_written_while_the_clock_runs_counts_at_once(rig):
     rig.set_time(2024, 2, 29, 12, 30, 0)
     rig.put(HOURS, 5)
-    assert rig.time() == calendar.timegm((2024, 2, 29, 5, 30, 0))
+    assert rig.shows(2024, 2, 29, 5, 30, 0)
 
 
 def test_years_far_from_now_are_kept(rig):
     for year in (1900, 1969, 1970, 2038, 2107, 9999):
         rig.set_time(year, 1, 1, 0, 0, 0)
-        assert rig.time() == calendar.timegm((year, 1, 1, 0, 0, 0))
+        assert rig.shows(year, 1, 1, 0, 0, 0)
 
 
 def test_update_in_progress_shows_before_each_second(rig):
     rig.set_time(2030, 1, 1, 0, 0, 0)
-    deadline = time.monotonic() + 20
-    while not rig.get(A) & UIP:          # it shows for 244 us only: no pause here
-        assert time.monotonic() < deadline
-    wait(lambda: not rig.get(A) & UIP)
-    assert rig.get(SECONDS) > 0
+    second = 0
+
+    def about_to_end():
+        """Puts the clock into the middle of the 244 us before a second's end; whether it was looked at before they were over."""
+        nonlocal second
+        state = rig.rtc.save()
+        now = time.time_ns() * TICKS // 10**9 + state["offset"]
+        second = now // TICKS - 1
+        rig.rtc.restore({**state, "offset": state["offset"] - now % TICKS - 4})
+        return rig.get(A) & UIP
+
+    until(about_to_end, pause=0)
+    until(lambda: not rig.get(A) & UIP)
+    assert rig.time() > second
 
 
 def test_polled_flags_come_without_interrupts(rig):
     rig.get(C)
-    wait(lambda: rig.get(C) & 0x40)
-    wait(lambda: rig.get(C) & 0x10)
+    until(lambda: rig.get(C) & 0x40)
+    until(lambda: rig.get(C) & 0x10)
     assert not rig.interrupts.edge_count(GSI)
 
 
@@ -150,7 +161,7 @@ def test_reading_c_clears_it_and_lowers_the_line(rig):
     rig.thread.resume()
     rig.put(A, DIVIDER | 3)
     rig.put(B, H24 | PIE)
-    wait(lambda: rig.interrupts.level(GSI))
+    until(lambda: rig.interrupts.level(GSI))
     rig.put(B, H24)
     assert not rig.interrupts.level(GSI)
     assert rig.get(C) & 0xC0 == 0x40
@@ -163,7 +174,7 @@ def test_the_periodic_interrupt_repeats_while_it_is_acknowledged(rig):
     for _ in range(5):
         edges = rig.interrupts.edge_count(GSI)
         rig.get(C)
-        wait(lambda edges=edges: rig.interrupts.edge_count(GSI) > edges)
+        until(lambda edges=edges: rig.interrupts.edge_count(GSI) > edges)
     assert rig.get(C) & 0xC0 == 0xC0
 
 
@@ -176,37 +187,36 @@ def test_no_rate_or_no_time_base_is_no_periodic_interrupt(rig, reg_a):
     if reg_a == DIVIDER_RESET | 3:
         assert not rig.interrupts.level(GSI)
     else:
-        wait(lambda: rig.interrupts.level(GSI))
-        assert rig.get(C) & 0x70 == 0x10, "the update interrupt alone"
+        until(lambda: rig.interrupts.level(GSI))
+        assert rig.get(C) & 0x50 == 0x10, "the update interrupt, not the periodic one"
 
 
 def test_the_update_interrupt_comes_with_the_second(rig):
     rig.thread.resume()
     rig.set_time(2030, 1, 1, 0, 0, 58)
     rig.put(B, BINARY | H24 | UIE)
-    wait(lambda: rig.interrupts.level(GSI))
-    assert rig.get(SECONDS) == 59
+    until(lambda: rig.interrupts.level(GSI))
+    assert rig.shows(2030, 1, 1, 0, 0, 59)
     assert rig.get(C) & 0x90 == 0x90
 
 
 @pytest.mark.parametrize("alarm", [(0xFF, 0xC0, 0xFF), (0xFF, 0xFF, 0x00), (0x00, 0x00, 0x00)])
 def test_the_alarm_comes_when_all_three_match(rig, alarm):
     rig.thread.resume()
-    rig.set_time(2030, 6, 30, 23, 59, 59)
     for index, value in zip((HOURS_ALARM, MINUTES_ALARM, SECONDS_ALARM), alarm, strict=True):
         rig.put(index, value)
-    rig.put(B, BINARY | H24 | AIE)
-    assert not rig.interrupts.level(GSI)
-    wait(lambda: rig.interrupts.level(GSI))
-    assert rig.get(SECONDS) == 0 and rig.get(DAY) == 1
+    before = time.monotonic()
+    rig.set_time(2030, 6, 30, 23, 59, 59, enables=AIE)
+    assert not rig.interrupts.level(GSI) or time.monotonic() - before > 0.49
+    until(lambda: rig.interrupts.level(GSI))
+    assert rig.shows(2030, 7, 1, 0, 0, 0)
     assert rig.get(C) & 0xA0 == 0xA0
 
 
 def test_an_alarm_at_another_time_does_not_come_with_the_second(rig):
-    rig.set_time(2030, 6, 30, 23, 59, 59)
-    rig.put(SECONDS_ALARM, 1)
-    rig.put(B, BINARY | H24 | AIE)
-    wait(lambda: rig.get(SECONDS) == 0)
+    rig.put(SECONDS_ALARM, 58)
+    rig.set_time(2030, 6, 30, 23, 59, 59, enables=AIE)
+    until(lambda: rig.get(DAY) == 1)
     assert rig.get(C) & 0x30 == 0x10
 
 
@@ -250,7 +260,7 @@ def test_a_restored_clock_shows_the_same_offset_and_interrupts(rig):
     assert calendar.timegm((2050, 1, 1, 0, 0, 0)) <= other.time() <= calendar.timegm((2050, 1, 1, 0, 1, 0))
     assert other.get(0x41) == 0x66
     other.thread.resume()
-    wait(lambda: other.interrupts.level(GSI))
+    until(lambda: other.interrupts.level(GSI))
     other.thread.close()
 
 
@@ -276,5 +286,5 @@ def test_no_sequence_of_accesses_breaks_the_clock(accesses):
         else:
             rig.put(index, value)
     rig.set_time(2024, 1, 2, 3, 4, 5)
-    assert rig.time() == calendar.timegm((2024, 1, 2, 3, 4, 5))
+    assert rig.shows(2024, 1, 2, 3, 4, 5)
     rig.thread.close()

@@ -2,19 +2,21 @@
 whatever a guest does. Devices are found by themselves; one without a profile (profiles.py) fails here."""
 import copy
 import importlib
-import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmapp.devices import Device, set_log
+from kvmapp.devices import Device
 from kvmapp.state import StateError
 from tests.device.profiles import PROFILES, Board
+from tests.leaves import leaves
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTREMES: list = [None, "", b"", True, {}, [], -1, 2**16, 2**32, 2**63, 2**64, 2**70, -2**70, 1.5]
+
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def kinds(base=Device):
@@ -31,28 +33,9 @@ def kinds(base=Device):
     return sorted(found, key=lambda kind: kind.__name__)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quiet():
-    """What guests do wrong here is written nowhere."""
-    log = os.open(os.devnull, os.O_WRONLY)
-    set_log(log)
-    yield
-    set_log(2)
-    os.close(log)
-
-
 @pytest.fixture(params=PROFILES, ids=lambda profile: profile.name)
 def profile(request):
     return request.param
-
-
-def leaves(state, path=()):
-    """{path: value} of everything in a saved state that is no dict or list."""
-    if isinstance(state, dict):
-        return {place: value for key, inner in state.items() for place, value in leaves(inner, (*path, key)).items()}
-    if isinstance(state, list):
-        return {place: value for i, inner in enumerate(state) for place, value in leaves(inner, (*path, i)).items()}
-    return {path: state}
 
 
 def last_word(path):
@@ -78,9 +61,12 @@ def test_every_profile_is_fuzzed(profile):
 
 
 def test_the_disturbance_reaches_every_value(profile):
-    with Board(profile) as fresh, Board(profile) as board:
+    with Board(profile) as board:
+        before = leaves(board.saved())
+        board.thread.resume()
+        board.device.resume()
         board.disturb()
-        before, after = leaves(fresh.saved()), leaves(board.saved())
+        after = leaves(board.saved())
         moved = {last_word(path) for path in before if before[path] != after.get(path)}
         assert {last_word(path) for path in before} - moved - profile.still == set(), "still as at power-on"
 

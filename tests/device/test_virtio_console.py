@@ -6,8 +6,9 @@ import pytest
 from kvmapp.chardev import CharBackend
 from kvmapp.state import StateError
 from kvmapp.virtio.console import VirtioConsole
-from tests.device.virtio_driver import TIMEOUT, Guest
+from tests.device.virtio_driver import Guest
 from tests.device.virtio_wirings import ALL
+from tests.waiting import TIMEOUT
 
 RECEIVEQ, TRANSMITQ = 0, 1
 

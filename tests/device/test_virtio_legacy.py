@@ -1,6 +1,5 @@
 """Legacy drivers on transitional cards: their IDs and ports, queues used before DRIVER_OK, features changed late, mixed registers,
 frames behind the short header, hostile rings."""
-import os
 import socket
 import struct
 
@@ -8,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmapp.devices import set_log
 from kvmapp.hw.pci import BarKind
 from kvmapp.net.backend import FrameDescriptor
 from kvmapp.state import StateError
@@ -27,6 +25,7 @@ from tests.device.virtio_driver import (
     Driver,
     Guest,
     Queue,
+    random_bytes,
 )
 from tests.device.virtio_wirings import LegacyDriver
 
@@ -34,14 +33,7 @@ MAC = bytes.fromhex("5254007f0dcb")
 MRG_RXBUF = 1 << 15
 SHORT, LONG = 10, 12                                   # headers
 
-
-@pytest.fixture(autouse=True)
-def quiet():
-    sink = os.open(os.devnull, os.O_WRONLY)
-    set_log(sink)
-    yield
-    set_log(2)
-    os.close(sink)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture
@@ -54,13 +46,6 @@ def both(guest, device):
     """A transitional card, and a driver of each age for it."""
     modern = guest.insert(virtio_card(device, guest.interrupts), Driver)
     return LegacyDriver(guest, modern.slot, modern.card), modern
-
-
-def random_bytes(queue, length=64):
-    queue.post(writable=[length])
-    queue.kick()
-    [done] = queue.wait()
-    assert done.written == length and done.data != bytes(length)
 
 
 def test_the_ids_are_those_of_each_age(guest):

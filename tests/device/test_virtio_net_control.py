@@ -1,5 +1,4 @@
 """The network card's control queue and its pairs of queues: commands that are carried out, and whatever else a driver may send."""
-import os
 import socket
 import subprocess
 
@@ -11,18 +10,13 @@ from kvmapp.errors import HostError
 from kvmapp.net.backend import FrameDescriptor
 from kvmapp.net.tap import Tap
 from kvmapp.virtio.net import VirtioNet
+from tests.device.taps import host_side, own_tap
 from tests.device.test_virtio_net import ETHERTYPE, HEADER, MAC, frame_of
-from tests.device.virtio_driver import F_VERSION_1, Guest
+from tests.device.virtio_driver import F_VERSION_1
 
 CTRL_VQ, CTRL_RX, CTRL_VLAN, CTRL_RX_EXTRA, MQ, CTRL_MAC_ADDR = (1 << bit for bit in (17, 18, 19, 20, 22, 23))
 PROMISC, TABLE, ADDRESS, VLAN_ADD, PAIRS = b"\0\0", b"\x01\0", b"\x01\x01", b"\x02\0", b"\x04\0"
 OK, ERROR = b"\0", b"\x01"
-
-
-@pytest.fixture
-def guest():
-    with Guest() as guest:
-        yield guest
 
 
 class Wire:
@@ -141,16 +135,8 @@ def test_a_command_of_a_feature_that_was_not_agreed_on_is_refused(guest, without
 @pytest.fixture
 def many_queues():
     """An existing tap of three queues, opened as the daemon does, and a raw socket on the host's side of it."""
-    if os.geteuid() or not os.path.exists("/dev/net/tun"):
-        pytest.skip("NO TAPS HERE: needs root and /dev/net/tun; a tap of several queues is NOT tested on this machine")
-    name = f"kvmq{os.getpid() % 100000}"
-    subprocess.run(["ip", "tuntap", "add", name, "mode", "tap", "vnet_hdr", "multi_queue"], check=True)
-    subprocess.run(["ip", "link", "set", name, "up"], check=True)
-    with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETHERTYPE)) as host:
-        host.bind((name, ETHERTYPE))
-        host.settimeout(20)
+    with own_tap("multi_queue") as name, host_side(name, ETHERTYPE) as host:
         yield InterfaceConfig(index=0, type="tap", target=name, mac="52:54:00:7f:0d:cb", queues=3, vhost="no"), host
-    subprocess.run(["ip", "link", "delete", name], check=True)
 
 
 def test_the_host_spreads_frames_over_the_pairs_in_use_only(guest, many_queues):

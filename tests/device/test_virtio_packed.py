@@ -1,5 +1,4 @@
 """Packed rings in the hands of drivers who know them, and of those who do not keep the rules."""
-import os
 import random
 
 import pytest
@@ -7,21 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmapp.chardev import CharBackend
-from kvmapp.devices import set_log
 from kvmapp.state import StateError
 from kvmapp.virtio.console import VirtioConsole
 from kvmapp.virtio.rng import VirtioRng
 from tests.device.virtio_driver import F_EVENT_IDX, F_INDIRECT, INDIRECT, NEXT, WRITE, Guest
 from tests.device.virtio_packed import EVENTS_BY_DESC, EVENTS_DISABLED, F_PACKED, USED, PackedQueue
 
-
-@pytest.fixture(autouse=True)
-def quiet():
-    sink = os.open(os.devnull, os.O_WRONLY)
-    set_log(sink)
-    yield
-    set_log(2)
-    os.close(sink)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture

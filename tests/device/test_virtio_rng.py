@@ -3,13 +3,7 @@ import pytest
 
 from kvmapp.errors import HostError
 from kvmapp.virtio.rng import VirtioRng
-from tests.device.virtio_driver import F_EVENT_IDX, F_INDIRECT, Guest
-
-
-@pytest.fixture
-def guest():
-    with Guest() as guest:
-        yield guest
+from tests.device.virtio_driver import F_EVENT_IDX, F_INDIRECT
 
 
 def test_a_buffer_is_filled(guest):

@@ -9,7 +9,8 @@ from kvmapp.errors import HostError
 from kvmapp.state import StateError
 from kvmapp.virtio.vsock import VirtioVsock
 from tests.device.profiles import vsock_packet
-from tests.device.virtio_driver import TIMEOUT, Guest, until
+from tests.device.virtio_driver import Guest
+from tests.waiting import TIMEOUT, until
 
 RX, TX, EVENT = 0, 1, 2
 REQUEST, RESPONSE, RST, SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST = range(1, 8)

@@ -1,7 +1,7 @@
 """The driver's side of a packed virtqueue (VIRTIO 1.2, 2.8), behind the names of virtio_driver.Queue."""
 import struct
 
-from tests.device.virtio_driver import INDIRECT, NEXT, WRITE, Completion, Driver, Queue
+from tests.device.virtio_driver import INDIRECT, NEXT, WRITE, Completion, Driver, Queue, barrier
 
 AVAIL, USED = 1 << 7, 1 << 15
 EVENTS_ENABLED, EVENTS_DISABLED, EVENTS_BY_DESC = 0, 1, 2
@@ -66,6 +66,7 @@ class PackedQueue(Queue):
 
     def kick(self, force: bool = False) -> bool:
         old, self.kicked = self.kicked, self.next_avail
+        barrier()
         flags, event = self.word(self.used + 2), self.word(self.used)
         wanted = flags != EVENTS_DISABLED
         if flags == EVENTS_BY_DESC:
@@ -98,6 +99,7 @@ class PackedQueue(Queue):
         while len(done) < count:
             if self.event_idx:
                 self.want_event()
+                barrier()
                 more = self.collect()
                 if more:
                     done += more

@@ -13,8 +13,9 @@ from kvmapp.layout import VIRTIO_MMIO_BASE
 from kvmapp.virtio.mmio import VirtioMmio
 from kvmapp.virtio.pci import VirtioPci
 from kvmapp.virtio.transitional import TransitionalPci
-from tests.device.virtio_driver import ACKNOWLEDGE, DRIVER, DRIVER_OK, TIMEOUT, Driver, Guest
+from tests.device.virtio_driver import ACKNOWLEDGE, DRIVER, DRIVER_OK, Driver, Guest
 from tests.device.virtio_packed import PackedQueue
+from tests.waiting import TIMEOUT
 
 PAGE = 4096
 QUEUES_MOST = 64                                         # what a driver asks for when nothing tells it to stop

@@ -85,12 +85,12 @@ class Worker:
             assert here[1] <= self.level[1] + LEAK_MOST, f"memory leaks: {self.level[1]} became {here[1]} in {self.runs} inputs"
 
     def fuzz(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
+        end = time.process_time() + seconds
         for data in self.beginnings():
             if self.run(data):
                 self.inputs.append(data)
         self.inputs = self.inputs or [b""]
-        while time.monotonic() < end:
+        while time.process_time() < end:
             data = self.mutate(self.chance.choice(self.inputs[-64:] if self.chance.random() < 0.5 else self.inputs))
             if self.run(data):
                 self.inputs.append(data)
@@ -169,12 +169,14 @@ def main() -> None:
     ctypes.CDLL(None).prctl(NO_THP, 1, 0, 0, 0)
     [profile] = [profile for profile in PROFILES if profile.name == name]
     seed = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**32))
+    for number in (signal.SIGINT, signal.SIGTERM):   # a long run in the background is ended, too, without losing its corpus
+        signal.signal(number, signal.default_int_handler)
     worker = Worker(profile, Path(folder), random.Random(seed))
     with contextlib.suppress(KeyboardInterrupt):
         worker.fuzz(float(seconds))
     if keep:
         worker.keep()
-    print(f"{worker.runs} inputs, {worker.coverage.edges()} edges, {len(worker.inputs)} kept, seed {seed}")
+    print(f"{worker.runs} inputs in {time.process_time():.0f} s, {worker.coverage.edges()} edges, {len(worker.inputs)} kept, seed {seed}")
 
 
 if __name__ == "__main__":

@@ -1,53 +1,25 @@
 """Guest tests boot stock Linux under `kvmapp run`; place.py decides where, this file gives them their guests."""
-import json
 import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.guest.guest import Guest, Machine, start
-from tests.guest.place import REPORTS, VMM, LabRun, hardware_virtualization
+from tests.guest.place import NESTED_LAB, VMM
 
 HERE = Path(__file__).parent
-NESTED_LAB = Path("/lab")
 GUESTS = pytest.StashKey[list[Guest]]()
-LAB_RUN = pytest.StashKey[LabRun]()
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    for item in _guest_items(session):
-        item.add_marker(pytest.mark.guest)
-        # outside it waits for the lab, which has a time limit of its own
-        item.add_marker(pytest.mark.timeout(1200 if hardware_virtualization() else 0), append=False)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    """Outside the lab a test is not run but its reports are fetched from there."""
-    if HERE not in item.path.parents or hardware_virtualization():       # the hook is called for tests elsewhere too
-        return None
-    stash = item.session.stash
-    if LAB_RUN not in stash:
-        stash[LAB_RUN] = LabRun(item.config, [other.nodeid for other in _guest_items(item.session)])
-    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in stash[LAB_RUN].reports_of(item):
-        item.ihook.pytest_runtest_logreport(report=report)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    return True
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if LAB_RUN in session.stash:
-        session.stash[LAB_RUN].close()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if REPORTS in os.environ:
-        config.pluginmanager.register(_ReportWriter(config, os.environ[REPORTS]))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:                    # the hook is called for tests elsewhere too
+            item.add_marker(pytest.mark.guest)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -97,6 +69,12 @@ def debian(boot: Callable[..., Guest], root_disk: Path, lab: Path) -> Callable[.
 
 @pytest.fixture
 def root_disk(lab: Path) -> Iterator[Path]:
+    with debian_disk(lab) as disk:
+        yield disk
+
+
+@contextmanager
+def debian_disk(lab: Path) -> Iterator[Path]:
     """A copy of Debian's root disk, in memory; e2image leaves out what ext4 does not use."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         copy = Path(folder) / "root.img"
@@ -118,7 +96,13 @@ def nested_paging() -> Iterator[None]:
 
 
 @pytest.fixture
-def tap():
+def tap() -> Iterator[str]:
+    with host_tap() as name:
+        yield name
+
+
+@contextmanager
+def host_tap() -> Iterator[str]:
     """A tap with the address 10.77.0.1 on the host's side."""
     name = f"guest{os.getpid()}"
     try:
@@ -127,19 +111,3 @@ def tap():
         yield name
     finally:
         subprocess.run(["ip", "link", "delete", name], check=False)
-
-
-class _ReportWriter:
-    """Writes each report, the moment it is made, to the file from which the machine outside reads it."""
-
-    def __init__(self, config: pytest.Config, path: str) -> None:
-        self.config, self.path = config, path
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(data) + "\n")
-
-
-def _guest_items(session: pytest.Session) -> list[pytest.Item]:
-    return [item for item in session.items if HERE in item.path.parents]

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-POWERED_OFF, ERROR, RESET, CRASHED = 0, 1, 3, 4          # the exit statuses of `kvmapp run`
+POWERED_OFF, ERROR, RESET, CRASHED, SAVED = 0, 1, 3, 4, 6        # the exit statuses of `kvmapp run`
 BOOT_SECONDS = 400                                       # upper bounds, for a nested host on a busy machine
 ANSWER_SECONDS = 60
 ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][A-Z0-9]")

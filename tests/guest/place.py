@@ -1,4 +1,7 @@
-"""Where guest tests run: right here when KVM is hardware virtualization, else in one boot of the lab's nested host.
+"""Where tests run that may want another host: right here, or in one boot of the lab's nested host. A plugin of pytest.
+
+Guest tests are at home where KVM is hardware virtualization. A test marked `lab(lack)` is where `lack` is None; else that names what
+the kernel here lacks. All tests that are not at home run in the lab one after another.
 
 The reports of a run in the lab come out test by test, as they end, and are shown as the tests' own. A test whose
 report never comes, because the nested host died or was never up, fails with the end of what the lab said.
@@ -16,11 +19,14 @@ import pytest
 
 from tests.lab.commandline import DIED
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+GUEST_TESTS = Path(__file__).parent
+CHECKOUT = GUEST_TESTS.parents[1]
+NESTED_LAB = Path("/lab")                               # is there in the nested host
 REPORTS = "KVMAPP_LAB_REPORTS"                          # in the nested host: the file that takes the reports
 VMM = "KVMAPP_TEST_VMM"                                 # kvmapp, or qemu to try the tests themselves on the peer
 LAB_SECONDS = 3600
-STALL_SECONDS = 420                                     # longer than any one test takes on a busy machine
+TEST_SECONDS = 1200                                     # in the nested host
+STALL_SECONDS = 420                                     # of silence; longer than any one test takes on a busy machine
 STARTS = 4                                              # boots of the nested host, at most
 TELLINGS = 3                                            # of one test
 RETELLINGS = 5                                          # in one run
@@ -30,6 +36,61 @@ def hardware_virtualization() -> bool:
     """Whether /dev/kvm is here and runs guests on the CPU itself; where the CPU lacks the flags, KVM interprets."""
     flags = re.search(r"^flags.*\b(vmx|svm)\b", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return bool(flags) and os.access("/dev/kvm", os.R_OK | os.W_OK)
+
+
+def lacks(item: pytest.Item) -> list[str]:
+    """What the test wants of the kernel and this one has not."""
+    return [mark.args[0] for mark in item.iter_markers("lab") if mark.args[0]]
+
+
+def goes_to_lab(item: pytest.Item) -> bool:
+    if NESTED_LAB.is_dir():
+        return False
+    return bool(lacks(item)) or (GUEST_TESTS in item.path.parents and not hardware_virtualization())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those for the lab stand together, so that it is up no longer than they take."""
+    away = [goes_to_lab(item) for item in items]
+    if any(away):
+        first = away.index(True)
+        items[:] = [*items[:first], *sorted(items[first:], key=lambda item: not goes_to_lab(item))]
+    for item in items:
+        if NESTED_LAB.is_dir() and lacks(item):
+            item.add_marker(pytest.mark.skip(reason=f"{', '.join(lacks(item))}: NOT TESTED"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    for item in session.items:
+        if goes_to_lab(item):                            # which has a time limit of its own
+            item.add_marker(pytest.mark.timeout(0), append=False)
+        elif GUEST_TESTS in item.path.parents:
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS), append=False)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    """A test that runs in the lab is not run here: its reports are fetched from there."""
+    if not goes_to_lab(item):
+        return None
+    stash = item.session.stash
+    if LAB_RUN not in stash:
+        stash[LAB_RUN] = LabRun(item.config, [other.nodeid for other in item.session.items if goes_to_lab(other)])
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in stash[LAB_RUN].reports_of(item):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if LAB_RUN in session.stash:
+        session.stash[LAB_RUN].close()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if REPORTS in os.environ:
+        config.pluginmanager.register(_ReportWriter(config, os.environ[REPORTS]))
 
 
 class LabRun:
@@ -48,7 +109,7 @@ class LabRun:
     def start(self, ids: list[str]) -> None:
         """Boots the nested host for these tests."""
         self.starts += 1
-        self.read = 0
+        self.read = self.said = 0
         self.progress = time.monotonic()
         (self.folder / "reports").write_bytes(b"")
         (self.folder / "ids").write_text("\n".join(ids))
@@ -56,7 +117,7 @@ class LabRun:
                    "--memory", "4096",
                    "env", f"{REPORTS}=/out/reports", f"{VMM}={os.environ.get(VMM, 'kvmapp')}", "python3",
                    "-m", "pytest", "-q",
-                   "-p", "no:cacheprovider", "@/out/ids"]
+                   "-p", "no:cacheprovider", "-o", f"timeout={TEST_SECONDS}", "@/out/ids"]
         with open(self.folder / "output", "wb") as output:
             self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
 
@@ -76,7 +137,7 @@ class LabRun:
             if ended:
                 self._start_anew("the nested host died")
             elif time.monotonic() - self.progress > STALL_SECONDS and self.starts < STARTS:
-                self._start_anew(f"no report for {STALL_SECONDS} s")
+                self._start_anew(f"silent for {STALL_SECONDS} s")
             time.sleep(0.2)
 
     def close(self) -> None:
@@ -108,6 +169,9 @@ class LabRun:
         self.start([name for name in self.ids if name not in done])
 
     def _read_new(self) -> None:
+        said = (self.folder / "output").stat().st_size   # images are made before the first report, which takes a while
+        if said != self.said:
+            self.said, self.progress = said, time.monotonic()
         with open(self.folder / "reports", "rb") as file:
             file.seek(self.read)
             for line in file:
@@ -125,3 +189,18 @@ class LabRun:
 
     def _output(self) -> list[str]:
         return (self.folder / "output").read_text(errors="replace").splitlines()
+
+
+LAB_RUN = pytest.StashKey[LabRun]()
+
+
+class _ReportWriter:
+    """Writes each report, the moment it is made, to the file from which the machine outside reads it."""
+
+    def __init__(self, config: pytest.Config, path: str) -> None:
+        self.config, self.path = config, path
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        data = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(data) + "\n")

@@ -8,6 +8,7 @@ import pytest
 from kvmapp.config import read_domain
 from kvmapp.machine import Machine
 from tests.guest.guest import ANSWER_SECONDS, BOOT_SECONDS
+from tests.waiting import until
 
 MIB = 1 << 20
 DOMAIN = """
@@ -57,13 +58,6 @@ def resident():
         return int(statm.read().split()[1]) * 4096
 
 
-def until(condition, seconds=ANSWER_SECONDS):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not so after {seconds} s"
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def here(lab, tmp_path):
     here = Here(lab, tmp_path)
@@ -82,18 +76,18 @@ def test_memory_goes_to_the_host_and_comes_back(here):
     full = resident()
 
     here.run("rm /tmp/hundred")
-    until(lambda: resident() < full - 80 * MIB)          # free pages are reported, with some delay
+    until(lambda: resident() < full - 80 * MIB, ANSWER_SECONDS, pause=0.05)    # free pages are reported, with some delay
 
     here.run("dd if=/dev/zero of=/tmp/hundred bs=1M count=100")
     here.machine.set_balloon(412 * MIB)
-    until(lambda: here.machine.balloon_size() == 412 * MIB)
+    until(lambda: here.machine.balloon_size() == 412 * MIB, ANSWER_SECONDS, pause=0.05)
     assert here.total() == whole - 100 * MIB
 
     here.balloon.poll_statistics()
-    until(lambda: here.balloon.statistics()[0].get("total_memory") == whole - 100 * MIB)
+    until(lambda: here.balloon.statistics()[0].get("total_memory") == whole - 100 * MIB, ANSWER_SECONDS, pause=0.05)
     assert 0 < here.balloon.statistics()[0]["free_memory"] < whole
 
     here.machine.set_balloon(512 * MIB)
-    until(lambda: here.machine.balloon_size() == 512 * MIB)
+    until(lambda: here.machine.balloon_size() == 512 * MIB, ANSWER_SECONDS, pause=0.05)
     assert here.total() == whole
     assert here.run("ls -s /tmp/hundred").split()[0] == str(100 << 10)

@@ -3,6 +3,8 @@ import os
 
 import pytest
 
+from tests.kvm.host import KvmHost
+
 
 def why_not() -> str | None:
     try:
@@ -13,6 +15,13 @@ def why_not() -> str | None:
 
 
 WHY_NOT = why_not()
+
+
+@pytest.fixture
+def host():
+    """A host of the test's own, whose daemon is not started yet."""
+    with KvmHost.temporary() as one:
+        yield one
 
 
 def pytest_collection_modifyitems(items):

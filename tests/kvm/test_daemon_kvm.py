@@ -1,50 +1,15 @@
 """The daemon with true guests: its domains ended in every way a guest can end, suspended, rebooted, many at once."""
 import contextlib
 import os
-import re
-import shutil
 import signal
-import tempfile
-import threading
 from pathlib import Path
 
 import pytest
 
 from kvmapp import errors
-from kvmapp.probe import IMAGE
-from tests.unit.daemon.host import Host
+from tests.kvm.host import needs_root
 
-pytestmark = [pytest.mark.kvm, pytest.mark.skipif(os.geteuid() != 0, reason="domain processes change their user: needs root")]
-
-
-class KvmHost(Host):
-    def __init__(self, root):
-        super().__init__(root)
-        self.options = ["--domain-module", "kvmapp.vmprocess"]
-        shutil.copy(IMAGE, root)
-
-    def guest(self, name, cmdline, top="", rest=""):
-        """A domain with the probe guest; what it prints is added to NAME.out."""
-        self.file(name).write_text(f"name = {name}\nmemory = 32 MiB\n{top}[boot]\nkernel = {self.root}/probe.elf\n"
-                                   f"cmdline = {cmdline}\n[serial 0]\nlog = {self.root}/{name}.out\n{rest}")
-
-    def counts(self, name):
-        return [int(number) for number in re.findall(r"^count (\d+)\r?$", self.printed(name), re.MULTILINE)]
-
-    def printed(self, name):
-        path = Path(self.root, f"{name}.out")
-        return path.read_text() if path.exists() else ""
-
-
-@pytest.fixture
-def host():
-    root = tempfile.mkdtemp(prefix="kvmapp-")
-    one = KvmHost(root)
-    try:
-        yield one
-    finally:
-        one.clean_up()
-        shutil.rmtree(root)
+pytestmark = [pytest.mark.kvm, needs_root]
 
 
 @pytest.mark.parametrize(("cmdline", "top", "reason", "words"), [
@@ -83,6 +48,7 @@ def test_suspended_guest_stands_still_and_goes_on(host):
     host.post("a", "start")
     host.eventually(lambda: host.counts("a"))
     host.post("a", "suspend")
+    host.told("a", "status")                            # what the guest had printed is in the file when it answers in its next turn
     before = host.counts("a")
     host.kill()
     host.start()
@@ -123,7 +89,8 @@ def test_reboot_restarts_in_place(host):
     host.eventually(lambda: host.counts("a"))
     host.post("a", "reboot")
     host.eventually(lambda: host.printed("a").count("hello") == 2)
-    assert host.domain("a")["pid"] == pid and host.domain("a")["state"] == "running"
+    host.eventually(lambda: host.domain("a")["state"] == "running")
+    assert host.domain("a")["pid"] == pid
 
 
 def test_kernel_that_cannot_be_started_is_told(host):
@@ -161,19 +128,8 @@ def test_twenty_guests_started_at_once_and_their_cost(host):
     for name in names:
         host.guest(name, "steps=none mode=counter period=1000")
     host.start()
-    failures = []
-
-    def start(name):
-        try:
-            host.post(name, "start")
-        except errors.KvmappError as error:
-            failures.append((name, str(error)))
-    threads = [threading.Thread(target=start, args=(name,)) for name in names]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert failures == [] and set(host.states().values()) == {"running"}
+    host.start_at_once(names)
+    assert set(host.states().values()) == {"running"}
     private = private_memory(host.domain("g00")["pid"])
     assert private < 16 << 20, f"{private >> 10} KiB are a guest's own, of its 32 MiB"
 

@@ -1,30 +1,17 @@
 """save, restore and managedsave through the daemon, with true guests that count."""
 import os
 import re
-import shutil
-import tempfile
-import time
 from pathlib import Path
 
 import pytest
 
 from kvmapp import errors
 from kvmapp.client import of
-from tests.kvm.test_daemon_kvm import KvmHost
+from tests.device import vhost_user_backend
+from tests.kvm.host import needs_root
 
 COUNTER = "steps=none mode=counter period=20"
-pytestmark = [pytest.mark.kvm, pytest.mark.skipif(os.geteuid() != 0, reason="domain processes change their user: needs root")]
-
-
-@pytest.fixture
-def host():
-    root = tempfile.mkdtemp(prefix="kvmapp-")
-    one = KvmHost(root)
-    try:
-        yield one
-    finally:
-        one.clean_up()
-        shutil.rmtree(root)
+pytestmark = [pytest.mark.kvm, needs_root]
 
 
 @pytest.fixture
@@ -38,10 +25,7 @@ def daemon(host):
 
 
 def reach(host, count):
-    deadline = time.monotonic() + 60
-    while len(host.counts("a")) < count:
-        assert time.monotonic() < deadline, host.printed("a")
-        time.sleep(0.02)
+    host.eventually(lambda: len(host.counts("a")) >= count, f"count {count}")
 
 
 def goes_on_by_one(host):
@@ -111,3 +95,21 @@ def test_what_is_no_saved_state(host, daemon):
     for path in ("/no/such", "/dev/null", "/etc/passwd", host.root):
         with pytest.raises(errors.StateError):
             daemon.post("/v1/restore", file=str(path))
+
+
+def test_a_domain_with_a_shared_folder_is_not_saved_and_goes_on(host):
+    """The file server here is no more than its greeting, which is all that the probe guest wants of it."""
+    with vhost_user_backend.Listener(os.path.join(host.root, "fs.sock")) as server:
+        host.guest("a", COUNTER, rest=f"[filesystem data]\nsocket = {server.path}\n")
+        host.start()
+        with host.client() as client:
+            client.post(of("a", "start"))
+            reach(host, 3)
+            for verb, more in (("managedsave", {}), ("save", {"file": os.path.join(host.root, "a.save")})):
+                with pytest.raises(errors.Unsupported, match="what its guest has open in filesystem 'data'") as caught:
+                    client.post(of("a", verb), **more)
+                assert caught.value.hint == "shut it down instead, or take the filesystem away"
+            assert client.get(of("a"))["state"] == "running"
+            reach(host, len(host.counts("a")) + 3)
+            assert goes_on_by_one(host)
+        assert not os.path.exists(os.path.join(host.root, "a.save"))

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from kvmapp.core import Kvm
 from kvmapp.probe import IMAGE
 from tests.unit.boot_images import MIB, elf, pvh_note
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = [sys.executable, "-m", "kvmapp", "run"]
+KVM_CAP_BINARY_STATS_FD = 203
 ELF_TO_NOWHERE = b"\x7fELF\x02\x01\x01" + bytes(57)
 
 pytestmark = pytest.mark.kvm
@@ -134,7 +136,7 @@ def test_keys_go_to_the_guest_and_the_leave_key_ends_it(terminal):
     guest.type(b"hello\x03")                            # Ctrl-C is the guest's, too
     guest.expect(b"hello\x03")
     guest.type(b"\x1d")
-    assert guest.process.wait(30) == 5
+    assert guest.process.wait(60) == 5
     assert guest.is_restored()
 
 
@@ -143,14 +145,14 @@ def test_the_terminal_is_restored_when_the_machine_dies(terminal, number):
     guest = terminal("steps=none mode=echo report=serial")
     guest.expect(b"ready")
     os.kill(child_of(guest.process), number)
-    assert guest.process.wait(30) == 128 + number
+    assert guest.process.wait(60) == 128 + number
     assert guest.is_restored()
 
 
 def test_an_error_leaves_the_terminal_alone(terminal):
     guest = terminal("steps=none", "--disk", "/no/disk.img")
     guest.expect(b"error: Cannot open disk 'vda' (/no/disk.img)")
-    assert guest.process.wait(30) == 1
+    assert guest.process.wait(60) == 1
     assert guest.is_restored()
 
 
@@ -171,7 +173,18 @@ def test_the_power_button_is_pressed_by_the_first_signal(terminal):
     guest.expect(b"ready")
     guest.process.terminate()
     guest.expect(b"power button")
-    assert guest.process.wait(30) == 0
+    assert guest.process.wait(60) == 0
+
+
+def terminate_again(process) -> int:
+    """Once more, and again: on a busy host a signal that comes before the last one was taken is lost in it."""
+    for _ in range(60):
+        process.terminate()
+        try:
+            return process.wait(1)
+        except subprocess.TimeoutExpired:
+            continue
+    return process.wait(0)
 
 
 def test_a_second_signal_ends_a_guest_that_ignores_the_button(terminal):
@@ -180,8 +193,7 @@ def test_a_second_signal_ends_a_guest_that_ignores_the_button(terminal):
     guest.process.terminate()
     guest.type(b"still here")
     guest.expect(b"still here")
-    guest.process.terminate()
-    assert guest.process.wait(30) == 5
+    assert terminate_again(guest.process) == 5
 
 
 def test_a_guest_restarts_in_place():
@@ -195,19 +207,29 @@ def test_a_guest_restarts_in_place():
             seen += os.read(process.stdout.fileno(), 4096)
     finally:
         process.send_signal(signal.SIGQUIT)
-        assert process.wait(30) == 5
+        assert process.wait(60) == 5
+
+
+def timing_of(stderr: str) -> tuple[list[str], str]:
+    """The lines of the marks, and the table of exits."""
+    marks, _, exits = stderr[stderr.index("timing, in ms"):].partition("exits of the vCPUs")
+    return marks.splitlines()[1:], exits
 
 
 def test_timing_is_a_table_in_order():
     done = run("--kernel", IMAGE, "--append", "steps=none end=poweroff", "--memory", "32MiB", "--timing")
     assert done.returncode == 0, done.stderr
-    _, *lines = done.stderr[done.stderr.index("timing, in ms"):].splitlines()
+    lines, exits = timing_of(done.stderr)
     names = [line.split(maxsplit=2)[2] for line in lines]
     assert names == ["process started", "options read", "machine built", "kernel loaded", "first vCPU enters the guest", "first exit",
                      "end"]
     times = [float(line.split()[0]) for line in lines]
     assert times == sorted(times) and times[0] == 0 and 0 < times[-1] < 60_000
     assert sum(float(line.split()[1]) for line in lines) == pytest.approx(times[-1], abs=1)
+    counters = {name: int(number) for number, name in (line.split(maxsplit=1) for line in exits.splitlines()[1:])}
+    assert counters["to kvmapp: io"] > 10                # the probe guest's report goes byte by byte
+    if Kvm().capability(KVM_CAP_BINARY_STATS_FD):
+        assert counters["exits.sum"] >= counters["to kvmapp: io"]
 
 
 def test_a_guest_marks_its_own_points(tmp_path):
@@ -220,7 +242,7 @@ def test_a_guest_marks_its_own_points(tmp_path):
     done = run("--kernel", kernel, "--memory", "32MiB", "--debug-console", "--debug-exit", "--timing")
     assert done.returncode == 15, done.stderr
     assert "debug: timing: half way" in done.stderr
-    names = [line.split(maxsplit=2)[2] for line in done.stderr[done.stderr.index("timing, in ms"):].splitlines()[1:]]
+    names = [line.split(maxsplit=2)[2] for line in timing_of(done.stderr)[0]]
     assert names[-3:] == ["first exit", "guest: half way", "end"]
 
 

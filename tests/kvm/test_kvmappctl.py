@@ -1,57 +1,26 @@
 """kvmappctl, daemon, zygote and VMM with a true guest: the probe guest (kvmapp/probe), as a user would run it."""
-import os
-import shutil
-import sys
-import tempfile
-from pathlib import Path
-
 import pytest
 
-from kvmapp.cli.main import main
-from kvmapp.probe import IMAGE
-from tests.unit.daemon.host import Host
+from tests.kvm.host import needs_root
+from tests.kvmappctl import KVMAPPCTL
 from tests.unit.terminal import OnTerminal
 
-ROOT = Path(__file__).resolve().parents[2]
-KVMAPPCTL = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); from kvmapp.cli.main import run; run(sys.argv[1:])"]
-
-pytestmark = [pytest.mark.kvm, pytest.mark.skipif(os.geteuid() != 0, reason="domain processes change their user: needs root")]
+pytestmark = [pytest.mark.kvm, needs_root]
 
 
 @pytest.fixture
-def host():
-    root = tempfile.mkdtemp(prefix="kvmapp-")
-    one = Host(root)
-    one.start("--domain-module", "kvmapp.vmprocess")
-    shutil.copy(IMAGE, root)
-    try:
-        yield one
-    finally:
-        one.clean_up()
-        shutil.rmtree(root)
+def host(host):
+    """Its daemon runs."""
+    return host.start()
 
 
 @pytest.fixture
 def uri(host):
-    return f"kvmapp:///system?socket={host.paths.socket}"
-
-
-@pytest.fixture
-def ctl(uri, capsys):
-    def run(*words):
-        status = main(["-c", uri, *words])
-        said = capsys.readouterr()
-        return status, said.out, said.err
-    return run
-
-
-def define(host, name, cmdline):
-    host.file(name).write_text(f"name = {name}\nmemory = 32 MiB\n[boot]\nkernel = {host.root}/probe.elf\ncmdline = {cmdline}\n"
-                               "[serial 0]\n")
+    return host.uri
 
 
 def test_console_of_a_true_guest(host, uri, ctl):
-    define(host, "kvm01", "mode=echo console=ttyS0")
+    host.guest("kvm01", "mode=echo console=ttyS0")
     with OnTerminal([*KVMAPPCTL, "-c", uri, "start", "kvm01", "--console"], {}) as first:
         before = first.expect("ready", within=60)
         assert before.startswith("Domain kvm01 started\r\nConnected to domain 'kvm01'\r\nEscape character is ^] (Ctrl + ])\r\n")
@@ -73,14 +42,14 @@ def test_console_of_a_true_guest(host, uri, ctl):
             fourth.expect("Connected to domain 'kvm01'")
             fourth.type("\x1d")
             assert fourth.status() == 0
-    host.start("--domain-module", "kvmapp.vmprocess")
+    host.start()
     assert ctl("domstate", "kvm01")[1] == "running\n\n"
-    assert ctl("shutdown", "kvm01", "--timeout", "30")[1] == "Domain kvm01 has shut down\n\n"
+    assert ctl("shutdown", "kvm01", "--timeout", "60")[1] == "Domain kvm01 has shut down\n\n"
     assert ctl("domstate", "kvm01", "--reason")[1] == "shut off (shutdown)\n\n"
 
 
 def test_guest_that_ignores_its_power_button(host, ctl):
-    define(host, "kvm02", "mode=counter button=ignore")
+    host.guest("kvm02", "mode=counter button=ignore")
     assert ctl("start", "kvm02")[:2] == (0, "Domain kvm02 started\n\n")
     status, _, err = ctl("shutdown", "kvm02", "--timeout", "1")
     assert status == 1 and "the guest ignores ACPI" in err and "kvmappctl destroy kvm02" in err

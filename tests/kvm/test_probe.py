@@ -158,7 +158,7 @@ class Running:
         self.process.send_signal(number)
 
     def await_end(self):
-        _, log = self.process.communicate(timeout=30)
+        _, log = self.process.communicate(timeout=60)
         return self.process.returncode, log.decode()
 
 

@@ -1,32 +1,22 @@
 """Kicks under KVM: the guest's store to a notify address reaches the I/O thread without an exit, wherever the BAR stands."""
 import pytest
 
-from kvmapp.core import Kvm, Vm
 from kvmapp.layout import PCI_MMIO32_BASE
-from kvmapp.memory import GuestMemory
 from kvmapp.virtio.rng import VirtioRng
-from tests.device.virtio_driver import Guest, until
+from tests.device.virtio_driver import Guest
+from tests.kvm.bare import bare_vm
+from tests.waiting import until
 
 pytestmark = pytest.mark.kvm
 
-CODE, MAILBOX = 0x1000, 0x3000
+MAILBOX = 0x3000
 # again: mov eax, [MAILBOX]; test eax, eax; jz again; mov word [eax], 0; mov dword [MAILBOX], 0; jmp again
 STORE_WHERE_TOLD = bytes.fromhex("a100300000 85c0 74f7 66c7000000 c7050030000000000000 ebe6")
 
 
-class Entry:
-    mode, rip, rsp = "protected", CODE, 0x8000
-    rax = rbx = rcx = rdx = rsi = rdi = cr3 = gdt_base = gdt_limit = 0
-
-
 @pytest.fixture
 def vm():
-    memory = GuestMemory(16 << 20)
-    memory.write(CODE, STORE_WHERE_TOLD)
-    vm = Vm(Kvm(), memory)
-    vm.add_vcpu(vm.kvm.supported_cpuid())
-    vm.keep_initial()
-    vm.set_entry(Entry)
+    vm = bare_vm(STORE_WHERE_TOLD)
     yield vm
     vm.close()
 

@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", help="use the nested host NAME, boot it if it is not up, leave it up")
     add("--stop", metavar="NAME", help="end the nested host NAME")
     add("--packages", default="", metavar="LIST", help="Debian packages that its disk has besides, with commas between")
+    add("--kernel", default="", metavar="VERSION", help="another kernel for the nested host: 6.12 (Debian's linux-image-6.12-amd64)")
     add("--qemu", action="append", default=[], metavar="WORD", help="one more word on QEMU's command line")
     add("command", nargs=argparse.REMAINDER, metavar="CMD", help="one word: a script; several: a program")
     return parser
@@ -98,7 +99,7 @@ def _run_in_named(options: argparse.Namespace) -> int:
 
 
 def _boot(host: NestedHost, options: argparse.Namespace) -> None:
-    found = images.obtain(options.packages.split(",") if options.packages else [])
+    found = images.obtain(options.packages.split(",") if options.packages else [], options.kernel)
     host.out.mkdir(parents=True, exist_ok=True)
     disk = overlay(options.disk, found)
     hardware = Hardware(options.cpus, options.memory, disk, options.boot, options.keep, options.qemu)

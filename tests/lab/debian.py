@@ -17,7 +17,7 @@ from tests.lab.errors import LabError
 SUITE = "bookworm"
 TOOLS = {                                               # program → the package that holds it
     "qemu-system-x86_64": "qemu-system-x86", "qemu-img": "qemu-utils", "debootstrap": "debootstrap",
-    "mke2fs": "e2fsprogs", "depmod": "kmod", "xz": "xz-utils", "setpriv": "util-linux",
+    "mke2fs": "e2fsprogs", "depmod": "kmod", "xz": "xz-utils", "zstd": "zstd", "setpriv": "util-linux",
 }
 SLIM = """force-unsafe-io
 path-exclude=/usr/share/doc/*

@@ -27,7 +27,9 @@ HOST_MODULES = ["kvm-amd", "tun", "bridge", "br_netfilter", "veth", "dummy", "vh
                 "virtio_console", "virtio_rng"]
 GUEST_MODULES = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "virtio_balloon", "autofs4",
                  "button", "evdev"]
-DRIVER_MODULES = ["e1000"]                                # of the amd64 kernel, the only ones of a second guest in an initramfs
+LATER_MODULES = ["virtiofs"]                             # there for a test to load, in the initramfs only
+DRIVER_MODULES = ["e1000", "pvpanic-mmio", "i6300esb"]   # of the amd64 kernel, the only ones of a second guest in an initramfs
+SOCKET_MODULES = ["vmw_vsock_virtio_transport"]          # what initrd-vsock.gz loads besides
 MASKED_UNITS = ["apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.timer", "e2scrub_all.timer",
                 "e2scrub_reap.service", "fstrim.timer", "getty@.service", "modprobe@.service", "systemd-binfmt.service",
                 "systemd-firstboot.service", "systemd-machine-id-commit.service", "systemd-network-generator.service",
@@ -62,15 +64,18 @@ class Kernel:
         return [Path(path) for path in dict.fromkeys(paths)]
 
 
-def obtain(packages: list[str] | None = None) -> Images:
-    """All images, built where they are missing; the nested host's with these Debian packages more (peers for bench)."""
+def obtain(packages: list[str] | None = None, other_kernel: str = "") -> Images:
+    """All images, built where they are missing; the nested host's with these Debian packages more (peers for bench), and perhaps
+    with the kernel of another Linux, as "6.12"."""
     debian.install_tools()
     with ThreadPoolExecutor() as pool:                  # each debootstrap waits half its time
         kernels = [pool.submit(_kernel, *arguments) for arguments in _kernels()]
+        other = pool.submit(_other_kernel, other_kernel) if other_kernel else None
         guests = pool.submit(lambda: _guests(kernels[0].result(), kernels[1].result()))
         host = _host(kernels[0].result(), packages or [])
-        boot = _boot(kernels[0].result(), host)
-        return Images(kernels[0].result().folder / "vmlinux", boot / "initrd.gz", host / "host.img", guests.result())
+        kernel = (other or kernels[0]).result()
+        boot = _boot(kernel, host, HOST_MODULES if other else [])
+        return Images(kernel.folder / "vmlinux", boot / "initrd.gz", host / "host.img", guests.result())
 
 
 def guests() -> Path:
@@ -83,6 +88,12 @@ def guests() -> Path:
 
 def _kernels() -> list[tuple[str, str]]:
     return list(zip(["kernel", "cloud-kernel"], debian.kernels(["linux-image-amd64", "linux-image-cloud-amd64"]), strict=True))
+
+
+def _other_kernel(version: str) -> Kernel:
+    """Debian 12 has kernels of later releases besides its own, each under a metapackage of its own."""
+    [dependency] = debian.kernels([f"linux-image-{version}-amd64"])
+    return _kernel(f"other-kernel-{version}", dependency)
 
 
 def _kernel(name: str, dependency: str) -> Kernel:
@@ -104,11 +115,13 @@ def _kernel(name: str, dependency: str) -> Kernel:
 
 
 def _vmlinux(bzimage: bytes) -> bytes | None:
-    """The ELF kernel inside (Documentation/arch/x86/boot.rst, payload_offset), if XZ packs it as in Debian's amd64."""
+    """The ELF kernel inside (Documentation/arch/x86/boot.rst, payload_offset), if it is packed as Debian 6.1 (XZ) or 6.12 (zstd) is."""
     start = (bzimage[0x1f1] + 1) * 512 + int.from_bytes(bzimage[0x248:0x24c], "little")
     payload = bzimage[start:start + int.from_bytes(bzimage[0x24c:0x250], "little") - 4]
-    done = subprocess.run(["xz", "-dc"], input=payload, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
-    return done.stdout if done.returncode == 0 else None
+    for magic, unpacker in ((b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd")):
+        if payload.startswith(magic):
+            return subprocess.run([unpacker, "-dc"], input=payload, stdout=subprocess.PIPE, check=True).stdout
+    return None
 
 
 # -- the nested host
@@ -147,17 +160,23 @@ def _furnish_host(root: Path) -> None:
         (root / folder).mkdir(exist_ok=True)
 
 
-def _boot(kernel: Kernel, host: Path) -> Path:
-    """The nested host's initrd, with the lab's own scripts."""
+def _boot(kernel: Kernel, host: Path, modules: list[str]) -> Path:
+    """The nested host's initrd, with the lab's own scripts, and with what modules its root disk does not have."""
     scripts = {path.name: path for path in (HERE / "host").iterdir()}
 
     def build(folder: Path) -> None:
         entries = _initrd(host / "busybox", scripts["initrd-init"], kernel.modules(ROOT_MODULES))
         entries |= {f"lab/{name}": initramfs.program(path) for name, path in scripts.items() if name != "initrd-init"}
+        if modules:
+            _install_modules(kernel, modules, folder)
+            entries |= {str(path.relative_to(folder)): (0o100644, path.read_bytes())
+                        for path in (folder / "lib").rglob("*") if path.is_file()}
+            shutil.rmtree(folder / "lib")
         (folder / "initrd.gz").write_bytes(initramfs.archive(entries))
 
-    return artifact("boot", [kernel.folder.name, host.name, *ROOT_MODULES, build, _initrd, Path(initramfs.__file__),
-                             *sorted(scripts.values())], build)
+    name = "other-boot" if modules else "boot"           # either is kept when the other is made anew
+    return artifact(name, [kernel.folder.name, host.name, *ROOT_MODULES, *modules, build, _initrd, _install_modules,
+                           Path(initramfs.__file__), *sorted(scripts.values())], build)
 
 
 # -- the guests
@@ -169,19 +188,20 @@ def _guests(amd64: Kernel, cloud: Kernel) -> Path:
 
     def build(folder: Path) -> None:
         entries = _initrd(root / "busybox", init, cloud.modules([*GUEST_MODULES, "virtio_mmio"]))
+        entries |= {f"modules/{path.name}": initramfs.program(path) for path in cloud.modules(LATER_MODULES)}
         entries["bin/dhcp-script"] = initramfs.program(dhcp)
         (folder / "initramfs.gz").write_bytes(initramfs.archive(entries))
         entries = _initrd(root / "busybox", init, amd64.modules(DRIVER_MODULES))
         (folder / "initramfs-amd64.gz").write_bytes(initramfs.archive(entries))
-        for name, kernel in (("initrd.gz", cloud), ("initrd-amd64.gz", amd64)):
-            entries = _initrd(root / "busybox", initrd_init, kernel.modules(ROOT_MODULES))
+        for name, kernel, modules in (("initrd.gz", cloud, []), ("initrd-amd64.gz", amd64, []), ("initrd-vsock.gz", cloud, SOCKET_MODULES)):
+            entries = _initrd(root / "busybox", initrd_init, kernel.modules([*ROOT_MODULES, *modules]))
             (folder / name).write_bytes(initramfs.archive(entries))
         for name, file in (("vmlinuz", cloud.folder / "vmlinuz"), ("vmlinuz-amd64", amd64.folder / "vmlinuz"),
                            ("vmlinux-amd64", amd64.folder / "vmlinux"), ("root.img", root / "root.img")):
             (folder / name).hardlink_to(file)
 
-    return artifact("guests", [root.name, amd64.folder.name, *ROOT_MODULES, *DRIVER_MODULES, build, _initrd,
-                               Path(initramfs.__file__), *scripts], build)
+    return artifact("guests", [root.name, amd64.folder.name, *ROOT_MODULES, *DRIVER_MODULES, *SOCKET_MODULES, *LATER_MODULES, build,
+                               _initrd, Path(initramfs.__file__), *scripts], build)
 
 
 def _guest_root(kernel: Kernel) -> Path:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tests.lab import cache, commandline, debian, initramfs
+from tests.lab import cache, commandline, debian, images, initramfs
 from tests.lab.errors import LabError
 from tests.lab.nested import Stream
 
@@ -126,6 +126,17 @@ def test_another_python_than_the_nested_host_s_is_refused(monkeypatch, tmp_path)
     monkeypatch.setattr(commandline, "CHECKOUT", tmp_path)
     with pytest.raises(LabError, match=r"has Python 3\.11, this build is for python3\.13"):
         commandline.site_packages()
+
+
+@pytest.mark.parametrize("packer", ["xz", "zstd"])
+def test_a_kernel_s_elf_is_found_however_it_is_packed(packer):
+    elf = b"\x7fELF" + os.urandom(5000)
+    payload = subprocess.run([packer, "-c"], input=elf, stdout=subprocess.PIPE, check=True).stdout + len(elf).to_bytes(4, "little")
+    header = bytearray(2 * 512)                          # one sector of setup code after the boot sector
+    header[0x1f1] = 1
+    header[0x248:0x250] = (16).to_bytes(4, "little") + len(payload).to_bytes(4, "little")
+    assert images._vmlinux(bytes(header) + bytes(16) + payload + b"the rest") == elf
+    assert images._vmlinux(bytes(header) + bytes(16) + b"as LZ4 would have it") is None
 
 
 @pytest.mark.parametrize("script", ["host/init", "host/agent", "host/initrd-init", "guest/init", "guest/initrd-init", "guest/dhcp-script"])

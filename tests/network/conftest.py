@@ -7,7 +7,7 @@ import pytest
 
 from tests.network.namespaces import comm
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 def traces():

@@ -3,6 +3,8 @@ import ipaddress
 import struct
 import sys
 
+from tests.checksums import checksum
+
 BROADCAST = "ff:ff:ff:ff:ff:ff"
 WATCHER = """
 import socket
@@ -32,14 +34,6 @@ def ethernet(source, kind, payload, to=BROADCAST, tag=None):
 def arp(source, sender, address, operation=1, target="192.168.122.77", **more):
     payload = struct.pack(">HHBBH", 1, 0x0800, 6, 4, operation) + mac(sender) + ip(address) + bytes(6) + ip(target)
     return ethernet(source, 0x0806, payload, **more)
-
-
-def checksum(data):
-    data += b"\0" * (len(data) % 2)
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
 
 
 def udp4(source, address, ports=(9, 9), to="255.255.255.255", payload=b"", **more):
@@ -73,8 +67,13 @@ class Watcher:
         assert self.process.stdout.readline() == "ready\n"
 
     def until(self, last):
-        """What came, up to the frame `last`."""
+        """What came, up to the frame `last`, all of it bare."""
         seen: list[bytes] = []
-        while not seen or seen[-1] != last:
-            seen.append(bytes.fromhex(self.process.stdout.readline()))
+        while not seen or seen[-1] != bare(last):
+            seen.append(bare(bytes.fromhex(self.process.stdout.readline())))
         return seen[:-1]
+
+
+def bare(frame):
+    """Without the padding, which br_netfilter takes off where it is at work."""
+    return frame.rstrip(b"\0")

@@ -3,46 +3,42 @@
 Nothing here touches the machine's own devices or rules; what a test makes goes with its namespaces.
 """
 import contextlib
+import json
 import os
 import shutil
 import subprocess
-import tempfile
 import uuid
 
 from tests.unit.daemon.host import Host
 
 NEEDED = ("ip", "nft", "dnsmasq")
+PROGRAMS = "/usr/sbin:/sbin:/usr/bin:/bin"
 
 
-def missing():
-    """Why such tests cannot run here; None when they can."""
+def missing(*more):
+    """Why such tests cannot run here, which may want more programs; None when they can."""
     if os.geteuid() != 0:
         return "needs root"
-    absent = [name for name in NEEDED if not shutil.which(name, path="/usr/sbin:/sbin:/usr/bin:/bin")]
-    if absent:
-        return f"needs {', '.join(absent)}"
-    return tried_in_a_namespace("bridges", "ip link add br0 type bridge")
+    if reason := absent(*NEEDED, *more):
+        return reason
+    lack = lacking("bridges", "ip link add br0 type bridge")
+    return f"{lack}: NOT TESTED HERE, run it in the lab: tests/lab/run python3 -m pytest tests/network" if lack else None
 
 
-def missing_for_cards():
-    """The same for tests of cards' ports, which want more of the kernel than a small one may have."""
-    return missing() or tried_in_a_namespace(
-        "VLANs on bridges, dummy devices, HTB and police actions",
-        "ip link add br0 type bridge vlan_filtering 1 && ip link add d0 type dummy"
-        " && ip tuntap add t0 mode tap && tc qdisc add dev t0 root handle 1: htb && tc qdisc add dev t0 handle ffff: ingress"
-        " && tc filter add dev t0 parent ffff: protocol all prio 1 u32 match u32 0 0 police rate 1mbit burst 10k drop")
+def absent(*programs):
+    """Which of these programs are not here; None when all are."""
+    names = [name for name in programs if not shutil.which(name, path=PROGRAMS)]
+    return f"needs {', '.join(names)}" if names else None
 
 
-def tried_in_a_namespace(what, script):
-    """None when the script does its work; else a reason that names what the kernel lacks, loudly."""
+def lacking(what, script):
+    """None when the script does its work in a network namespace; else words that name what the kernel lacks, loudly."""
     name = f"kvt-{uuid.uuid4().hex[:8]}"
     if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
-        return "needs network namespaces"
+        return "THIS KERNEL LACKS network namespaces"
     probe = subprocess.run(["ip", "netns", "exec", name, "sh", "-c", script], capture_output=True, check=False)
     subprocess.run(["ip", "netns", "delete", name], check=True)
-    if probe.returncode == 0:
-        return None
-    return f"THIS KERNEL LACKS {what}: NOT TESTED HERE, run it in the lab: tests/lab/run python3 -m pytest tests/network"
+    return f"THIS KERNEL LACKS {what}" if probe.returncode else None
 
 
 class Namespace:
@@ -73,13 +69,17 @@ def run(*words):
 
 
 class NetworkHost(Host):
-    """Its daemon, and what it starts, live in `self.namespace`."""
+    """Its daemon, and what it starts, live in `self.namespace`. `firewall`: what the daemon sets its rules with, nft or iptables."""
 
-    def __init__(self, root):
+    def __init__(self, root, firewall="nft"):
         super().__init__(root)
         self.namespace = Namespace()
         self.others = []
-        self.launcher = ["ip", "netns", "exec", self.namespace.name]
+        self.firewall = firewall
+        self.launcher = ["ip", "netns", "exec", self.namespace.name]    # in a mount namespace of its own, too
+        if firewall == "iptables":
+            hidden = " && ".join(f"mount --bind /dev/null {path}" for path in places("nft"))
+            self.launcher += ["sh", "-c", f'{hidden} && exec "$@"', "sh"]
         self.options = ["--heartbeat", "0.2"]
         os.makedirs(self.paths.networks)
 
@@ -95,7 +95,16 @@ class NetworkHost(Host):
         if mac:
             guest.run("ip", "link", "set", "eth0", "address", mac)
         guest.run("ip", "link", "set", "eth0", "up")
+        self.eventually(lambda: self.forwards(name), f"{name} as a port that carries frames")
         return guest
+
+    def forwards(self, port):
+        """Whether the bridge sends frames to the port: the kernel tells it of a veth's carrier beside everything else."""
+        return self.link(port)["linkinfo"]["info_slave_data"]["state"] == "forwarding"
+
+    def link(self, name):
+        """What ip(8) tells of a device of the host."""
+        return json.loads(self.run("ip", "-details", "-json", "link", "show", name))[0]
 
     def outside(self, address="203.0.113.1/24", host="203.0.113.2/24"):
         """A namespace beyond the host's eth0 that knows no way to guests."""
@@ -106,6 +115,7 @@ class NetworkHost(Host):
         self.run("ip", "link", "set", "eth0", "up")
         there.run("ip", "address", "add", address, "dev", "eth0")
         there.run("ip", "link", "set", "eth0", "up")
+        self.eventually(lambda: self.link("eth0")["operstate"] == "UP", "the host's way out")       # a veth drops what comes sooner
         return there
 
     def network(self, name="default", text=None):
@@ -123,10 +133,33 @@ class NetworkHost(Host):
     def traces(self):
         """What a network leaves on a host while it is active."""
         return {"links": sorted(line.split()[0] for line in self.run("ip", "-br", "link").splitlines()),
-                "rules": self.run("nft", "list", "ruleset"), "processes": sorted(self.dnsmasqs())}
+                "rules": self.rules(), "processes": sorted(self.dnsmasqs())}
+
+    def rules(self):
+        """Ours and others'; of iptables ours alone, for it leaves empty tables of its own behind."""
+        if self.firewall == "nft":
+            return self.run("nft", "list", "ruleset")
+        lines = [line for tool in ("iptables-save", "ip6tables-save") for line in self.run(tool).splitlines()]
+        return "\n".join(line for line in lines if "KVMAPP" in line)
+
+    def flush_rules(self):
+        self.run("nft", "flush", "ruleset")
+        if self.firewall == "iptables":                 # the older kind, which nft does not see
+            for tool in ("iptables", "ip6tables"):
+                for table in ("filter", "nat"):
+                    self.run(tool, "-t", table, "-F")
+
+    def flush_nat(self):
+        """Only a part of them."""
+        if self.firewall == "nft":
+            self.run("nft", "flush", "chain", "ip", "kvmapp", "postrouting")
+        else:
+            self.run("iptables", "-t", "nat", "-F", "POSTROUTING")
 
     def dnsmasqs(self):
-        return [pid for pid in run("ip", "netns", "pids", self.namespace.name).split() if comm(pid) == "dnsmasq"]
+        """Without those that have only forked the one that stays, and are ending."""
+        parents = {pid: parent_of(pid) for pid in run("ip", "netns", "pids", self.namespace.name).split() if comm(pid) == "dnsmasq"}
+        return [pid for pid in parents if pid not in parents.values()]
 
     def clean_up(self):
         super().clean_up()
@@ -142,16 +175,18 @@ def comm(pid):
         return ""
 
 
-@contextlib.contextmanager
-def a_network_host():
-    root = tempfile.mkdtemp(prefix="kvmapp-")
-    os.chmod(root, 0o711)
-    one = NetworkHost(root)
+def parent_of(pid):
     try:
-        yield one
-    finally:
-        one.clean_up()
-        shutil.rmtree(root)
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[1]
+    except OSError:
+        return ""
+
+
+def places(program):
+    """Where a program lies, each file once."""
+    paths = (os.path.join(folder, program) for folder in PROGRAMS.split(":"))
+    return list(dict.fromkeys(os.path.realpath(path) for path in paths if os.path.exists(path)))
 
 
 DHCP_SCRIPT = """#!/bin/sh

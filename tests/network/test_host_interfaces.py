@@ -8,7 +8,7 @@ import pytest
 from kvmapp import errors
 from tests.network import namespaces
 
-REASON = namespaces.missing_for_cards()
+REASON = namespaces.missing()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
 # A session: the outside says a number, the host answers with the next one.
 SERVER = ("import socket; s = socket.create_server(('', 22)); print('ready', flush=True); c = s.accept()[0]\n"
@@ -19,7 +19,7 @@ CLIENT = ("import socket, sys; c = socket.create_connection(('203.0.113.2', 22),
 
 @pytest.fixture
 def host():
-    with namespaces.a_network_host() as one:
+    with namespaces.NetworkHost.temporary() as one:
         one.outside()
         one.run("ip", "route", "add", "default", "via", "203.0.113.1", "metric", "100")
         one.run("ip", "route", "add", "198.51.100.0/24", "via", "203.0.113.1")
@@ -98,6 +98,7 @@ def test_what_nobody_confirms_is_undone(host):
     host.eventually(lambda: "br0" not in host.run("ip", "-br", "link"), "the end of the bridge")
     host.eventually(lambda: place(host) == before, "everything as it was")
     session.goes_on()
+    host.eventually(lambda: not os.path.exists(os.path.join(host.paths.run, "interfaces.json")), "the end of the note")
     interface(host, "eth0", "bridge", bridge="br0", timeout=3600)
     with pytest.raises(errors.KvmappError, match="Another change of the host's network waits to be confirmed: bridge br0 with eth0"):
         interface(host, "eth0", "bridge", bridge="br1")
@@ -112,7 +113,7 @@ def test_a_killed_daemons_change_is_undone_by_the_next_one(host):
     host.kill()
     host.start()
     host.eventually(lambda: place(host) == before, "everything as it was")
-    assert not os.path.exists(os.path.join(host.paths.run, "interfaces.json"))
+    host.eventually(lambda: not os.path.exists(os.path.join(host.paths.run, "interfaces.json")), "the end of the note")
 
 
 def test_a_change_that_fails_in_the_middle_leaves_everything_as_it_was(host, monkeypatch):

@@ -239,7 +239,7 @@ def test_killed_at_each_step_the_old_or_the_new_one_works(tmp_path, file, root):
         seen.add(os.readlink(root.folder / "usr/lib/kvmapp/current"))
         if b"" in lines:
             break
-    assert len(seen) == 2 and step > 4
+    assert len(seen) == 2 and step >= 4                  # two lines at least: laid down, in use; a third where there was an old one
     assert setup(root.folder, file).stdout.split()[-2:][-1] == "current"
 
 

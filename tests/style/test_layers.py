@@ -14,7 +14,8 @@ FLOORS = {
     "vmstate": {"abi"},
     "irqchip": {"abi", "devices"},
     "coalesced": {"abi", "devices"},
-    "core": {"abi", "memory", "devices", "vmstate", "irqchip", "coalesced", "iothread"},
+    "vcpu": {"abi", "devices", "coalesced", "iothread"},
+    "core": {"abi", "memory", "devices", "vmstate", "irqchip", "coalesced", "vcpu"},
     "iothread": {"abi"},
     "chardev": {"abi"},
     "block": {"abi", "memory", "devices", "iothread"},
@@ -23,8 +24,10 @@ FLOORS = {
     "virtio": {"abi", "memory", "devices", "iothread", "chardev", "hw", "block", "net"},
     "boot": {"abi", "memory"},
     "slots": {"abi", "memory", "devices", "core", "hw", "virtio"},
+    "tuning": set(),
     "netcards": {"iothread", "hw", "virtio", "net"},
-    "machine": {"abi", "memory", "devices", "core", "iothread", "chardev", "hw", "virtio", "block", "net", "boot", "netcards", "slots"},
+    "machine": {"abi", "memory", "devices", "core", "iothread", "chardev", "hw", "virtio", "block", "net", "boot", "netcards", "slots",
+                "tuning"},
     "snapshot": {"machine"},
     "saving": {"loop", "machine", "snapshot"},
     "loop": set(),
@@ -41,9 +44,9 @@ FLOORS = {
     "cli": {"terminal"},
 }
 # Rooms that everybody may use; they look into no other.
-SHARED = {"errors", "state", "schema", "layout", "config", "client", "check", "values", "settings", "ini", "initree", "runtime",
-          "laying", "licences", "options", "samples", "hostinfo", "install", "hostconfig", "probe", "statefile",
-          "unixsocket", "__init__", "__main__"}
+SHARED = {"errors", "state", "schema", "layout", "config", "client", "check", "values", "settings", "cpuset", "ini", "initree", "runtime",
+          "kvmstats", "laying", "licences", "options", "samples", "hostinfo", "install", "hostconfig", "probe", "statefile",
+          "unixsocket", "fileserver", "cardfiles", "__init__", "__main__"}
 IMPORT = re.compile(r"^\s*(?:from\s+(kvmapp(?:\.\w+)*)\s+c?import\s+([\w, ()]+)|c?import\s+(kvmapp(?:\.\w+)+))", re.MULTILINE)
 
 

@@ -1,5 +1,9 @@
-"""Kernel files built byte by byte for the boot tests: bzImage, ELF with notes, multiboot."""
+"""Kernel files built byte by byte for the boot tests: bzImage, ELF with notes, multiboot; and what it takes to boot them."""
 import struct
+
+from kvmapp.boot.direct import DirectBoot
+from kvmapp.boot.platform import Platform
+from kvmapp.boot.topology import Topology
 
 MIB = 1 << 20
 
@@ -72,3 +76,15 @@ def _program_header(bits, kind, offset, virtual, physical, in_file, in_memory) -
 def multiboot_header(flags=0, *fields) -> bytes:
     """The three words that sum to zero, then the address fields if any."""
     return struct.pack("<3I", 0x1BADB002, flags, -(0x1BADB002 + flags) & 0xFFFF_FFFF) + struct.pack(f"<{len(fields)}I", *fields)
+
+
+def boot_files(folder, memory, kernel: bytes, initrd: bytes | None = None, cmdline: str = "console=ttyS0", **facts):
+    """Boots kernel and initrd bytes; gives the entry state."""
+    (folder / "kernel").write_bytes(kernel)
+    if initrd is not None:
+        (folder / "initrd").write_bytes(initrd)
+    files = DirectBoot(str(folder / "kernel"), str(folder / "initrd") if initrd is not None else None, cmdline)
+    try:
+        return files.setup(memory, Platform(Topology(1), **facts))
+    finally:
+        files.close()

@@ -44,8 +44,8 @@ def domain(name: str, id: int | None = None, **more) -> dict:
 def stats(name: str, id: int | None = 1, **more) -> dict:
     return {"name": name, "id": id, "state": "running" if id else "shut off", "reason": "booted" if id else "unknown",
             "time": 100.0, "age": 0.0, "cpu_time_ns": 5_000_000, "cpu_user_ns": 3_000_000, "cpu_system_ns": 2_000_000,
-            "vcpus": [{"number": 0, "state": "running", "cpu_time_ns": 4_000_000}], "exits": {"io": 7, "mmio": 2},
-            "disks": [], "interfaces": [], "balloon": None, **more}
+            "vcpus": [{"number": 0, "state": "running", "cpu_time_ns": 4_000_000, "kvm": {"exits.sum": 9, "blocking.cur": 0}}],
+            "exits": {"io": 7, "mmio": 2}, "disks": [], "interfaces": [], "balloon": None, **more}
 
 
 def config_answer(text="name = linuxvm03\n", **config):

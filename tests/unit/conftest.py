@@ -1,7 +1,6 @@
-"""Fixtures of the tests of kvmappctl: a daemon of canned answers, and command lines against it."""
+"""Fixtures of the tests of kvmappctl: a daemon of canned answers, which command lines are for."""
 import pytest
 
-from kvmapp.cli.main import main
 from tests.unit.canned_daemon import CannedDaemon, domain
 
 
@@ -13,10 +12,5 @@ def daemon(tmp_path):
 
 
 @pytest.fixture
-def ctl(daemon, capsys):
-    """Runs one command line: (status, stdout, stderr)."""
-    def run(*words):
-        status = main(["-c", daemon.uri, *words])
-        said = capsys.readouterr()
-        return status, said.out, said.err
-    return run
+def uri(daemon):
+    return daemon.uri

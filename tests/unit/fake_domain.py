@@ -1,8 +1,9 @@
 """A domain process without a guest, for tests of the daemon: control.py's protocol, and a counter that never stops.
 
 The zygote runs it in vmprocess's place (`--domain-module tests.unit.fake_domain`). The domain's description says how it behaves,
-in words: `ignore-acpi`, `mute` (does not answer), `fail` (cannot start), `raise` (a defect), `slow-start`, `full-backlog`.
-Each running domain appends to a file of its own, RUN_DIR/counter, so that a test sees whether it ever stood still.
+in words: `ignore-acpi`, `mute` (does not answer), `fail` (cannot start), `raise` (a defect), `slow-start`; `no-hotplug`, `keeps-cards`
+(of cards); `old`, `old-tuning` (an older version's: it does not know those verbs).
+Each running domain appends to a file of its own, RUN_DIR/counter, so that a test sees whether it goes on.
 """
 import contextlib
 import json
@@ -19,6 +20,8 @@ class FakeDomain:
         self.config, self.control, self.run_dir = config, control, run_dir
         self.files, self.came = files, []
         self.links = {}
+        self.cards = [f"net{one.index}" for one in config.interfaces]
+        self.tuned = {}
         self.behaviour = set((config.description or "").split())
         self.state, self.reason = ("paused", "user") if paused else ("running", "booted")
         self.started = time.time()
@@ -43,7 +46,7 @@ class FakeDomain:
                     self.receive(key.fileobj)
             if self.state == "running":
                 self.beats += 1
-                os.write(self.counter, f"{time.monotonic():.3f} {os.getpid()}\n".encode())
+                os.write(self.counter, f"{os.getpid()}\n".encode())
         return self.ending
 
     def accept(self):
@@ -96,7 +99,8 @@ class FakeDomain:
 
     def verb_status(self, _client, _request):
         return {"name": self.config.name, "uuid": self.config.uuid, "pid": os.getpid(), "state": self.state, "reason": self.reason,
-                "started": self.started, "vcpus": self.config.vcpus, "memory": self.config.memory, "balloon": self.balloon}
+                "started": self.started, "vcpus": self.config.vcpus, "memory": self.config.memory, "balloon": self.balloon,
+                "devices": [{"name": name, "slot": slot} for slot, name in enumerate(self.cards, 3)]}
 
     def verb_stats(self, _client, _request):
         exits = {"io": self.beats, "hlt": 3, "power": self.presses}
@@ -139,6 +143,15 @@ class FakeDomain:
         self.balloon = request["bytes"]
         return {"balloon": self.balloon}
 
+    def verb_tune(self, _client, request):
+        if "old-tuning" in self.behaviour:
+            raise Refusal(error("bad-request", "unknown verb 'tune'"))
+        self.tuned = request["settings"]
+        return {}
+
+    def verb_test_tuned(self, _client, _request):
+        return self.tuned
+
     # Cards, as vmdevices.py has them.
 
     def verb_link(self, _client, request):
@@ -152,11 +165,13 @@ class FakeDomain:
                 os.close(fd)
             raise Refusal(error("wrong-state", "no slot is free"))
         self.files |= dict(zip(request["files"], came, strict=True))
+        self.cards.append(f"net{request['interface']['index']}")
         return {"device": f"net{request['interface']['index']}", "slot": 5}
 
     def verb_detach_device(self, _client, request):
         index = request["device"].removeprefix("net")
         if "keeps-cards" not in self.behaviour:
+            self.cards.remove(request["device"])
             if fd := self.files.pop(f"interface:{index}", None):
                 os.close(fd)
             for client in list(self.subscribers):
@@ -180,6 +195,11 @@ class FakeDomain:
         """What a guest would send by its card; before each frame stands an empty virtio_net_hdr."""
         for frame in request["frames"]:
             os.write(self.files[f"interface:{request['card']}"], bytes(10) + bytes.fromhex(frame))
+        return {}
+
+    def verb_test_watchdog(self, _client, request):
+        for subscriber in list(self.subscribers):
+            self.send(subscriber, {"event": {"type": "watchdog", "name": self.config.name, "action": request["action"]}})
         return {}
 
     def verb_test_mute(self, _client, request):
@@ -215,7 +235,7 @@ def error(code, message, hint=None):
     return {"code": code, "message": message, "hint": hint}
 
 
-def run_domain(config, *, control: socket.socket, log_fd: int, files: dict, run_dir: str, drop=None, paused=False):
+def run_domain(config, *, control: socket.socket, log_fd: int, files: dict, run_dir: str, drop=None, paused=False, cache=None):
     behaviour = set((config.description or "").split())
     with contextlib.suppress(OSError):                  # a full disk
         os.write(log_fd, f"fake domain, files {sorted(files)}\n".encode())

@@ -3,6 +3,9 @@ import os
 import pty
 import select
 import time
+from pathlib import Path
+
+from tests.waiting import until
 
 
 class OnTerminal:
@@ -23,7 +26,7 @@ class OnTerminal:
         if self.pid:
             os.waitpid(self.pid, 0)
 
-    def expect(self, text: str, within: float = 30) -> str:
+    def expect(self, text: str, within: float = 60) -> str:
         """Everything up to and with `text`, which is awaited."""
         end = time.monotonic() + within
         while text not in self.shown:
@@ -41,6 +44,10 @@ class OnTerminal:
 
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
+
+    def until_it_waits(self) -> None:
+        """Returns when the program sleeps: for the next key, when it has shown what came of the last one."""
+        until(lambda: Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "S")
 
     def status(self) -> int:
         """Awaits the program's end."""

@@ -1,16 +1,14 @@
 """PVH, multiboot and plain ELF kernels: what they are handed, and ELF files that lie."""
 import struct
+from functools import partial
 
 import pytest
 
-from kvmapp.boot.direct import DirectBoot
 from kvmapp.boot.entry import CODE32, CODE64
-from kvmapp.boot.platform import Platform
-from kvmapp.boot.topology import Topology
 from kvmapp.errors import GuestImageError
 from kvmapp.layout import BOOT_CMDLINE, BOOT_GDT, BOOT_INFO, BOOT_PAGE_TABLES
 from kvmapp.memory import GuestMemory
-from tests.unit.boot_images import MIB, elf, multiboot_header, note, pattern, pvh_note
+from tests.unit.boot_images import MIB, boot_files, elf, multiboot_header, note, pattern, pvh_note
 
 
 @pytest.fixture
@@ -20,16 +18,7 @@ def memory():
 
 @pytest.fixture
 def boot(tmp_path, memory):
-    def run(kernel: bytes, initrd: bytes | None = None, cmdline: str = "hello"):
-        (tmp_path / "kernel").write_bytes(kernel)
-        if initrd is not None:
-            (tmp_path / "initrd").write_bytes(initrd)
-        files = DirectBoot(str(tmp_path / "kernel"), str(tmp_path / "initrd") if initrd is not None else None, cmdline)
-        try:
-            return files.setup(memory, Platform(Topology(1)))
-        finally:
-            files.close()
-    return run
+    return partial(boot_files, tmp_path, memory, cmdline="hello")
 
 
 def string(memory, gpa: int) -> bytes:

@@ -1,5 +1,7 @@
 """Linux by its own boot protocol: the zero page, where kernel and initrd go, the entry point; and files that lie."""
+import os
 import struct
+from functools import partial
 
 import pytest
 
@@ -7,9 +9,9 @@ from kvmapp.boot.direct import DirectBoot
 from kvmapp.boot.platform import Platform
 from kvmapp.boot.topology import Topology
 from kvmapp.errors import GuestImageError, KvmappError
-from kvmapp.layout import BOOT_CMDLINE, BOOT_PAGE_TABLES, BOOT_ZERO_PAGE
+from kvmapp.layout import BOOT_CMDLINE, BOOT_PAGE_TABLES, BOOT_SETUP_DATA, BOOT_ZERO_PAGE
 from kvmapp.memory import GuestMemory
-from tests.unit.boot_images import MIB, bzimage, elf, note, pattern, pvh_note
+from tests.unit.boot_images import MIB, boot_files, bzimage, elf, note, pattern, pvh_note
 
 LINUX_NOTE = note(b"Linux", 0x101, bytes(4))
 
@@ -21,17 +23,7 @@ def memory():
 
 @pytest.fixture
 def boot(tmp_path, memory):
-    """Boots kernel and initrd bytes; gives the entry state."""
-    def run(kernel: bytes, initrd: bytes | None = None, cmdline: str = "console=ttyS0", **facts):
-        (tmp_path / "vmlinuz").write_bytes(kernel)
-        if initrd is not None:
-            (tmp_path / "initrd").write_bytes(initrd)
-        files = DirectBoot(str(tmp_path / "vmlinuz"), str(tmp_path / "initrd") if initrd is not None else None, cmdline)
-        try:
-            return files.setup(memory, Platform(Topology(1), **facts))
-        finally:
-            files.close()
-    return run
+    return partial(boot_files, tmp_path, memory)
 
 
 def field(memory, kind: str, offset: int) -> int:
@@ -63,13 +55,33 @@ def test_zero_page_carries_the_header_and_what_the_loader_fills_in(boot, memory)
     assert field(memory, "B", 0x1EF) == 0, "the sentinel tells Linux that the loader cleared the page"
 
 
+def seed(memory) -> bytes:
+    head = struct.unpack("<QII", memory.read(BOOT_SETUP_DATA, 16))
+    assert field(memory, "Q", 0x250) == BOOT_SETUP_DATA and head == (0, 9, 32)
+    return memory.read(BOOT_SETUP_DATA + 16, 32)
+
+
+@pytest.mark.parametrize("kernel", [bzimage(), bzimage(version=0x0209), elf(notes=LINUX_NOTE)], ids=["bzImage", "2.09", "vmlinux"])
+def test_each_start_has_another_seed(boot, memory, kernel):
+    boot(kernel)
+    first = seed(memory)
+    boot(kernel)
+    assert any(first) and first != seed(memory)
+
+
+def test_kernels_before_setup_data_get_none(boot, memory):
+    boot(bzimage(version=0x0208))
+    assert field(memory, "Q", 0x250) == 0 and not any(memory.read(BOOT_SETUP_DATA, 64))
+
+
 def test_zero_page_holds_the_memory_map(boot, memory):
     boot(bzimage())
     ram = [(start, size) for start, size, kind in e820(memory) if kind == 1]
     assert ram == [(0, 0x9FC00), (MIB, 63 * MIB)]
 
 
-def test_a_second_setup_leaves_the_same_memory(tmp_path, memory):
+def test_a_second_setup_leaves_the_same_memory(tmp_path, memory, monkeypatch):
+    monkeypatch.setattr(os, "urandom", bytes)                # the seed is another each time
     (tmp_path / "vmlinuz").write_bytes(bzimage())
     files = DirectBoot(str(tmp_path / "vmlinuz"), None, "quiet")
     files.setup(memory, Platform(Topology(1)))

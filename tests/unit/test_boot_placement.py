@@ -63,7 +63,7 @@ def test_conflicts_are_named():
     assert placement.conflict(MIB, 63 * MIB) is None
     assert placement.conflict(MIB, 63 * MIB + 1) == "is not in the guest's memory (64 MiB)"
     assert "the boot structures" in (placement.conflict(0x7000, 1) or "")
-    assert "the command line" in (placement.conflict(0x10000, 0x20000) or "")
+    assert "the command line" in (placement.conflict(0x11000, 0x20000) or "")
     assert "the BIOS area" in (placement.conflict(MIB - 1, 2) or "")
 
 

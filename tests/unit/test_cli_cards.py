@@ -1,7 +1,6 @@
 """attach-interface, detach-interface, domif-setlink, domif-getlink, domiftune: what they ask the daemon for, and virsh's words."""
 import pytest
 
-from kvmapp.cli.main import main
 from kvmapp.daemon import shapes
 from kvmapp.errors import HostError
 from tests.unit.canned_daemon import CannedDaemon, config_answer, domain
@@ -22,15 +21,6 @@ def daemon(tmp_path):
             canned.answers["POST", URL + what] = {"domain": summary, "interface": one["interfaces"][0], "warnings": []}
         canned.answers["GET", "/v1/domains/linuxvm01/config"] = config_answer(interfaces=[CARD])
         yield canned
-
-
-@pytest.fixture
-def ctl(daemon, capsys):
-    def run(*words):
-        status = main(["-c", daemon.uri, *words])
-        said = capsys.readouterr()
-        return status, said.out, said.err
-    return run
 
 
 ATTACHED, DETACHED = "Interface attached successfully\n\n", "Interface detached successfully\n\n"

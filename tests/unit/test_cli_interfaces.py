@@ -1,7 +1,6 @@
 """The iface-* verbs: what they ask the daemon for, and virsh's words and columns."""
 import pytest
 
-from kvmapp.cli.main import main
 from tests.unit.canned_daemon import CannedDaemon
 
 
@@ -21,15 +20,6 @@ def daemon(tmp_path):
         for path in ("confirm", "undo"):
             canned.answers["POST", f"/v1/interfaces/{path}"] = {"what": "bridge br0 with eth0 in it"}
         yield canned
-
-
-@pytest.fixture
-def ctl(daemon, capsys):
-    def run(line):
-        status = main(["-c", daemon.uri, *line.split()])
-        said = capsys.readouterr()
-        return status, said.out, said.err
-    return run
 
 
 def test_the_list_has_virshs_columns(ctl):

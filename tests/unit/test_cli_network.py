@@ -3,7 +3,6 @@ import time
 
 import pytest
 
-from kvmapp.cli.main import main
 from kvmapp.errors import NetworkInactive
 from tests.unit.canned_daemon import UUID, CannedDaemon, domain, stats
 
@@ -23,15 +22,6 @@ def daemon(tmp_path):
         canned.answers["GET", "/v1/networks"] = {"networks": [
             network("default"), network("lab", "inactive"), network("bad", "broken", text="bad.conf:2: unknown key")]}
         yield canned
-
-
-@pytest.fixture
-def ctl(daemon, capsys):
-    def run(*words):
-        status = main(["-c", daemon.uri, *words])
-        said = capsys.readouterr()
-        return status, said.out, said.err
-    return run
 
 
 LISTS = {

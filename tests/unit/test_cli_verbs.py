@@ -265,6 +265,8 @@ def test_domstats(daemon, ctl):
   vcpu.maximum=1
   vcpu.0.state=1
   vcpu.0.time=4000000
+  vcpu.0.exits.sum=9
+  vcpu.0.blocking.cur=0
   net.count=1
   net.0.name=vnet0
   net.0.rx.bytes=9
@@ -322,7 +324,7 @@ EVENTS = [{"time": 1.5, "event": "lifecycle", "domain": "linuxvm01", "uuid": Non
 def test_event(daemon, ctl):
     daemon.answers["GET", "/v1/events"] = [*EVENTS, None]
     assert ctl("event", "--all") == (0, "event 'lifecycle' for domain 'linuxvm01': Suspended Paused\nevents received: 1\n\n", "")
-    status, out, _ = ctl("event", "--all", "--loop", "--timestamp", "--timeout", "1")
+    status, out, _ = ctl("event", "--all", "--loop", "--timestamp", "--timeout", "3")
     assert (status, out) == (0, "1970-01-01 00:00:01.500+0000: event 'lifecycle' for domain 'linuxvm01': Suspended Paused\n"
                                 "1970-01-01 00:00:02.000+0000: event 'reboot' for domain 'linuxvm01'\n"
                                 "event loop timed out\nevents received: 2\n\n")

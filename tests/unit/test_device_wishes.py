@@ -14,13 +14,20 @@ class Machine:
     debug_console = None
 
     def __init__(self):
-        self.power, self.did = Power(), []
+        self.power, self.did, self.lets_go, self.ejected = Power(), [], [], []
 
     def __getattr__(self, name):
         return lambda *_: self.did.append(name)
 
     def crash_report(self):
         return []
+
+    def take_ejected(self):
+        return self.ejected
+
+    def reset(self):
+        self.did.append("reset")
+        return self.lets_go
 
 
 class Loop:
@@ -88,3 +95,51 @@ def test_a_machine_without_pci_has_no_watchdog(tmp_path):
 def test_a_reset_by_the_watchdog_heeds_on_reboot(tmp_path):
     made = tell(domain("on_reboot = destroy\n[watchdog]\n", tmp_path), PowerEvent.WATCHDOG)
     assert made.ending.exit == EXIT_RESET
+
+
+@pytest.mark.parametrize(("section", "event"), [("[panic]", PowerEvent.CRASH_KERNEL), ("[watchdog]\naction = none", PowerEvent.WATCHDOG)])
+def test_a_domain_is_not_suspended_over_a_wish_that_lets_it_go_on(tmp_path, section, event):
+    """It would run again while it is said to be paused."""
+    made = domain(f"{section}\n", tmp_path)
+    made.machine.power.ask(event)
+    with pytest.raises(WrongState, match="just powered off or reset"):
+        made.verb_suspend(None, None)
+    assert made.state == "running"
+    made.power_event(0)
+    assert made.machine.did[-1] == "resume"
+    made.verb_suspend(None, None)
+    assert (made.state, made.machine.did[-1]) == ("paused", "pause")
+
+
+def test_a_wish_that_is_void_by_the_time_it_is_heard_wakes_nobody(tmp_path):
+    made = domain("", tmp_path)
+    made.verb_suspend(None, None)
+    made.power_event(0)
+    assert (made.state, made.machine.did[-1]) == ("paused", "pause")
+
+
+def test_cards_that_a_reset_takes_out_are_told_of_and_leave_the_configuration(tmp_path):
+    made = domain("[interface 0]\ntype = user\n[interface 1]\ntype = user\n", tmp_path)
+    made.machine.lets_go = ["net1"]
+    made.server = made
+    made.verb_reset(None, None)
+    assert [one.index for one in made.config.interfaces] == [one.index for one in made.machine.config.interfaces] == [0]
+    assert {"type": "device-removed", "name": "x", "device": "net1"} in made.published
+
+
+def test_a_card_that_was_let_go_of_is_no_part_of_what_is_saved(tmp_path, monkeypatch):
+    """The control thread may hear of the wish to save first; the saved machine would have a card that its domain has no more."""
+    made = domain("[interface 0]\ntype = user\n[interface 1]\ntype = user\n", tmp_path)
+    made.machine.ejected, saved = ["net1"], []
+    monkeypatch.setattr("kvmapp.saving.Saving", lambda machine, *_: saved.append([one.index for one in machine.config.interfaces]))
+    made.save(lambda error: None, "/nowhere")
+    assert saved == [[0]] and made.state == "saving"
+
+
+@pytest.mark.parametrize("event", [PowerEvent.RESET, PowerEvent.POWER_OFF])
+def test_a_domain_that_was_just_destroyed_does_not_begin_anew(tmp_path, event):
+    made = domain("on_reboot = restart\n", tmp_path)
+    made.machine.power.ask(event)
+    made.destroy()
+    made.power_event(0)
+    assert made.state == "shut off" and made.ending.reason == "destroyed" and "reset" not in made.machine.did

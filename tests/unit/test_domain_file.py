@@ -223,3 +223,29 @@ def test_json_is_checked_as_strictly_as_a_file():
         with pytest.raises(ConfigError) as caught:
             DomainConfig.from_dict(config.to_dict() | change)
         assert complaint in caught.value.message
+
+
+def test_shared_folders():
+    config = read(f"{TOP}[filesystem data]\nsource = share\nreadonly = yes\ncache = none\n[filesystem {'x' * 36}]\nsocket = /run/s\n")
+    first, second = config.filesystems
+    assert (first.tag, first.source, first.readonly, first.cache) == ("data", "/etc/kvmapp/domains/share", True, "none")
+    assert (second.tag, second.source, second.socket) == ("x" * 36, None, "/run/s")
+
+
+@pytest.mark.parametrize(("text", "complaint"), [
+    ("[filesystem data]\n", "[filesystem data] has neither source nor socket"),
+    (f"[filesystem {'x' * 37}]\nsource = /s\n", "at most 36"),
+    ("[filesystem a/b]\nsource = /s\n", "is no heading"),
+    ("[filesystem data]\nsource = /s\nsocket = /run/s\n", "source = '/s': of no use with socket"),
+    ("[filesystem data]\nsocket = /run/s\nreadonly = yes\n", "readonly = 'yes': of no use with socket"),
+    ("[filesystem data]\nsource = /s\ncache = never\n", "expected auto, none or always"),
+])
+def test_shared_folders_that_cannot_be(text, complaint):
+    with pytest.raises(ConfigError) as caught:
+        read(TOP + text)
+    assert complaint in str(caught.value)
+
+
+def test_ksm_does_not_go_with_memory_that_is_shared():
+    with pytest.raises(ConfigError, match=r"KSM cannot merge memory that is shared with the file server of \[filesystem data\]"):
+        read(f"{TOP}ksm = yes\n[filesystem data]\nsource = /s\n")

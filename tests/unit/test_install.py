@@ -36,8 +36,8 @@ def root(tmp_path):
 def test_everything_is_laid_down(root):
     setup(root)
     for name in ("etc/kvmapp/kvmapp.conf", "etc/kvmapp/guest.conf", "etc/kvmapp/networks/default.conf", "etc/logrotate.d/kvmapp",
-                 "usr/lib/systemd/system/kvmapp.service", "usr/lib/systemd/system/kvmapp-guests.service", "usr/share/man/man1/kvmappctl.1",
-                 "usr/share/man/man5/kvmapp.conf.5", "usr/share/bash-completion/completions/kvmappctl"):
+                 *(f"usr/lib/systemd/system/{name}.service" for name in ("kvmapp", "kvmapp-domains", "kvmapp-guests")),
+                 "usr/share/man/man1/kvmappctl.1", "usr/share/man/man5/kvmapp.conf.5", "usr/share/bash-completion/completions/kvmappctl"):
         assert (root / name).stat().st_size > 0
     for name in ("etc/init.d/kvmapp", "etc/init.d/kvmapp-guests", "usr/sbin/kvmapp", "usr/sbin/kvmappctl"):
         assert stat.S_IMODE((root / name).stat().st_mode) == 0o755

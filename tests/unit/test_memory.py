@@ -31,13 +31,27 @@ def test_ranges_outside_ram_are_refused(gpa, length):
         memory.view(gpa, length)
 
 
-@pytest.mark.parametrize("how", [{"prealloc": True}, {"locked": True}, {"mergeable": True}, {"huge_pages": False}])
+@pytest.mark.parametrize("how", [{"prealloc": True}, {"locked": True}, {"mergeable": True}, {"huge_pages": False},
+                                 {"shared": True}, {"shared": True, "prealloc": True}])
 def test_kinds_of_memory_read_zeroes_after_a_clear(how):
     memory = GuestMemory(4 * MIB, **how)
-    assert memory.is_pageable is not bool({"prealloc", "locked"} & how.keys())
+    assert memory.is_pageable is not bool({"prealloc", "locked", "shared"} & how.keys())
+    assert memory.is_shared is how.get("shared", False)
     memory.write(MIB, b"guest")
     memory.clear()
     assert not any(memory.read(0, 4 * MIB))
+
+
+def test_shared_memory_is_given_back_by_a_clear():
+    def taken():
+        return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssShmem")).split()[1])
+    before = taken()
+    memory = GuestMemory(16 * MIB, shared=True, huge_pages=False)
+    memory.view(0, 16 * MIB)[:] = b"x" * (16 * MIB)
+    assert taken() - before == 16384
+    memory.clear()
+    assert taken() - before == 0
+    assert not any(memory.read(0, 16 * MIB))
 
 
 def test_preallocated_memory_is_there_before_it_is_touched():
@@ -66,3 +80,16 @@ def test_memory_that_may_not_be_locked_is_an_error_with_a_hint():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert "HostError Cannot lock 1 MiB of guest memory" in done.stdout, done
     assert "ulimit -l" in done.stdout
+
+
+@pytest.mark.skipif(not Path("/proc/self/numa_maps").exists(), reason="this kernel is without NUMA")
+@pytest.mark.parametrize("how", [{}, {"prealloc": True}])
+def test_memory_of_a_node_stays_bound_after_a_clear(how):
+    def bound():
+        return [line for line in Path("/proc/self/numa_maps").read_text().splitlines() if " bind:0 " in f"{line} "]
+    memory = GuestMemory(4 * MIB, policy=2, nodes=[0], **how)
+    assert len(bound()) == 1 and ("anon=1024" in bound()[0]) is bool(how)
+    memory.clear()
+    assert len(bound()) == 1
+    del memory
+    assert bound() == []

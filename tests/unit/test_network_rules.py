@@ -64,6 +64,29 @@ def test_forwards_go_to_hosts_and_addresses_of_their_version():
     assert 'oifname "virbr0" ip saddr 192.168.122.0/24 ct status dnat masquerade' in lines(four)
 
 
+NFT_SHOWS = """table ip kvmapp {
+	chain forward {
+		type filter hook forward priority filter; policy accept;
+		iifname "virbr0" ip saddr != 192.168.122.0/24 reject
+		oifname "virbr0" ct status dnat accept
+	}
+	chain prerouting {
+		type nat hook prerouting priority dstnat; policy accept;
+		fib daddr type local tcp dport 8080 dnat to 192.168.122.10:80
+	}
+	chain postrouting {
+		ip saddr 192.168.122.0/24 ip daddr 224.0.0.0/24 return
+		ip saddr 192.168.122.0/24 masquerade
+	}
+}
+"""
+
+
+def test_rules_that_are_shown_are_counted():
+    assert netrules.rules_in(NFT_SHOWS) == 5 and netrules.rules_in("") == 0
+    assert netrules.rules_in("-A FORWARD -j KVMAPP-FORWARD\n-A KVMAPP-FORWARD -i virbr0 -j ACCEPT") == 2
+
+
 def test_without_networks_nothing_is_left():
     assert netrules.nft_text([], 4) == "table ip kvmapp\ndelete table ip kvmapp\n"
     assert netrules.nft_text([network()], 6) == "table ip6 kvmapp\ndelete table ip6 kvmapp\n"

@@ -16,8 +16,9 @@ def config_of(*arguments: str, folder: str = "/cwd"):
 def test_the_options_there_are():
     assert TAKES_VALUE == {
         "--name": True, "--memory": True, "--vcpus": True, "--cpu": True, "--no-acpi": False, "--no-reboot": False,
-        "--kernel": True, "--initrd": True, "--append": True, "--disk": True, "--net": True, "--console": False,
-        "--rng": False, "--virtio": True, "--machine": True, "--packed": False, "--debug-console": False, "--debug-exit": False}
+        "--kernel": True, "--initrd": True, "--append": True, "--no-unpack": False, "--disk": True, "--net": True, "--console": False,
+        "--rng": False, "--virtio": True, "--machine": True, "--packed": False, "--share": True, "--debug-console": False,
+        "--debug-exit": False}
 
 
 def test_options_alone():
@@ -52,6 +53,24 @@ def test_networks():
     assert config.interfaces[0].mac == "52:54:00:00:00:07"
     assert config.interfaces[3].mtu == 1400
     assert [one.model for one in config.interfaces] == ["virtio", "virtio", "virtio", "e1000"]
+
+
+def test_shared_folders():
+    config = config_of("--share", "data=a,,b", "--share", "pub=/srv/pub,readonly=on,cache=none,binary=v", "--share", "other,socket=s")
+    assert sorted((one.tag, one.source, one.readonly, one.cache, one.binary, one.socket) for one in config.filesystems) == [
+        ("data", "/cwd/a,b", False, "auto", None, None), ("other", None, False, "auto", None, "/cwd/s"),
+        ("pub", "/srv/pub", True, "none", "/cwd/v", None)]
+
+
+@pytest.mark.parametrize("text", ["data", "=x", "data=", "/srv/pub", "data=x,socket=s", ""])
+def test_shared_folders_without_a_tag_or_a_folder(text):
+    with pytest.raises(UsageError, match="names no tag or no folder"):
+        config_of("--share", text)
+
+
+def test_a_tag_may_stand_once():
+    with pytest.raises(UsageError, match="there is a filesystem data already"):
+        config_of("--share", "data=a", "--share", "data=b")
 
 
 def test_console_takes_the_terminal_from_the_serial_port():

@@ -57,7 +57,7 @@ HEAVY = {"argparse", "asyncio", "collections", "configobj", "dataclasses", "diff
          "json", "logging", "pathlib", "re", "socket", "subprocess", "tempfile", "typing", "uuid"}
 
 
-@pytest.mark.parametrize("module", ["schema", "config", "options", "errors", "hostinfo"])
+@pytest.mark.parametrize("module", ["schema", "config", "options", "errors", "hostinfo", "foreground"])
 def test_importing_brings_nothing_heavy(module):
     code = f"import sys; before = set(sys.modules); import kvmapp.{module}; print(*(set(sys.modules) - before))"
     done = subprocess.run([sys.executable, "-I", "-S", "-c", f"import sys; sys.path[:0] = {sys.path!r}; {code}"],

@@ -31,8 +31,19 @@ def whole(tmp_path_factory):
     return path.read_bytes(), memory
 
 
+OPENED: list[int] = []
+
+
+@pytest.fixture(autouse=True)
+def closed_afterwards():
+    yield
+    while OPENED:
+        os.close(OPENED.pop())
+
+
 def read_bytes(data: bytes, name: str = "a.save"):
     fd = os.memfd_create(name)
+    OPENED.append(fd)
     os.write(fd, data)
     return read(fd, name)
 

@@ -8,11 +8,14 @@ import json
 import os
 import pwd
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvmapp.client import Client, of
@@ -25,10 +28,13 @@ from kvmapp.errors import KvmappError
 
 ROOT = Path(__file__).resolve().parents[3]
 DAEMON = "import sys; from kvmapp.daemon.main import main; sys.exit(main(sys.argv[1:]))"
+PATIENT_DAEMON = DAEMON.replace("kvmapp.daemon.main", "tests.unit.daemon.patient")
 PATIENCE = 90.0                         # for machines that are ten times slower, and busy
 SOCKET_GROUP = grp.getgrgid(0).gr_name
 GUEST = f"user = nobody\ngroup = {grp.getgrgid(pwd.getpwnam('nobody').pw_gid).gr_name}\n"
 IS_ROOT = os.geteuid() == 0
+UUID = "00000000-0000-4000-8000-000000000001"         # whose file has one is not written to before it is changed
+WEB = "# Ann's server\nname = web   # do not rename\nmemory = 64 MiB\n[serial 0]\n[balloon]\n"
 
 
 class CheckedClient(Client):
@@ -48,13 +54,27 @@ class Host:
     def __init__(self, root):
         self.root = root
         self.paths = Paths(root)
+        self.uri = f"kvmapp:///system?socket={self.paths.socket}"
         self.process = None
         self.options = []
         self.launcher = []              # what the daemon is started by
+        self.patient = True             # it waits for domains longer than users would have it (patient.py)
         self.log = os.path.join(root, "daemon.stderr")
         os.chmod(root, 0o711)
         os.makedirs(self.paths.domains)
         self.write_settings()
+
+    @classmethod
+    @contextlib.contextmanager
+    def temporary(cls, *more):
+        """One in a folder of its own, whose daemon is not started yet; nothing of it is left."""
+        root = tempfile.mkdtemp(prefix="kvmapp-")
+        one = cls(root, *more)
+        try:
+            yield one
+        finally:
+            one.clean_up()
+            shutil.rmtree(root)
 
     def write_settings(self):
         self.write("kvmapp.conf", f"unix_sock_group = {SOCKET_GROUP}\n")
@@ -66,14 +86,18 @@ class Host:
     def file(self, name):
         return Path(self.paths.domain_config(name))
 
-    def add(self, name, *behaviour, **settings):
-        """A domain's file, as an administrator would copy it there."""
+    def add(self, name, *behaviour, rest="", **settings):
+        """A domain's file, as an administrator would copy it there; `rest` are its sections."""
         lines = [f"{key} = {value}" for key, value in {"name": name, "memory": "64 MiB", **settings}.items()]
-        text = "\n".join([*lines, *([f"description = {' '.join(behaviour)}"] if behaviour else [])]) + "\n"
-        self.file(name).write_text(text)
+        lines += [f"description = {' '.join(behaviour)}"] if behaviour else []
+        self.file(name).write_text("\n".join(lines) + "\n" + rest)
         old = time.time() - 60
         os.utime(self.file(name), (old, old))
-        return text
+
+    def define(self, text=WEB, **more):
+        """As `kvmappctl define` would in Ann's folder."""
+        with self.client() as client:
+            return client.post("/v1/domains", text=text, file="/home/ann/web.conf", **more)
 
     def start(self, *options, **environment):
         """Returns when the daemon says that it is ready."""
@@ -84,8 +108,8 @@ class Host:
             manager.bind(address)
             manager.settimeout(PATIENCE)
             self.process = subprocess.Popen(
-                [*self.launcher, sys.executable, "-c", DAEMON, "--root", self.root, "--domain-module", "tests.unit.fake_domain",
-                 *self.options, *options],
+                [*self.launcher, sys.executable, "-c", PATIENT_DAEMON if self.patient else DAEMON, "--root", self.root,
+                 "--domain-module", "tests.unit.fake_domain", *self.options, *options],
                 cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "NOTIFY_SOCKET": address, **environment})
             said = manager.recv(4096).decode()
         assert said.startswith("READY=1\n"), said
@@ -111,6 +135,11 @@ class Host:
         with self.client() as client:
             return client.post(of(*parts), **body)
 
+    def start_at_once(self, names):
+        """Each by a client of its own."""
+        with ThreadPoolExecutor(len(names)) as clients:
+            list(clients.map(lambda name: self.post(name, "start"), names))
+
     def states(self):
         with self.client() as client:
             return {domain["name"]: domain["state"] for domain in client.get("/v1/domains")["domains"]}
@@ -121,7 +150,7 @@ class Host:
     def told(self, name, verb, **arguments):
         """Asks a domain itself, past the daemon."""
         from kvmapp.client import ask_domain
-        return ask_domain(self.paths.control(name), verb, **arguments)
+        return ask_domain(self.paths.control(name), verb, timeout=PATIENCE, **arguments)
 
     def tell(self, name, verb, **arguments):
         """As `told`, without an answer."""
@@ -131,10 +160,13 @@ class Host:
         return connection
 
     def beats(self, name):
-        """Times of the guest's beats, and the pids that made them."""
-        lines = (Path(self.paths.domain_own(name)) / "counter").read_text().splitlines()
-        pairs = [line.split() for line in lines if len(line.split()) == 2]
-        return [float(when) for when, _ in pairs], {int(pid) for _, pid in pairs}
+        """The guest's beats, each the pid that made it; only of whole lines, for one may be half written."""
+        return [int(line) for line in (Path(self.paths.domain_own(name)) / "counter").read_text().rpartition("\n")[0].splitlines()]
+
+    def beats_on(self, name):
+        """Waits for two more beats: the first may have been on its way."""
+        seen = len(self.beats(name))
+        self.eventually(lambda: len(self.beats(name)) >= seen + 2, f"two more beats of {name}")
 
     def pids(self):
         return [record["pid"] for record in self.records().values() if record["pid"]]
@@ -143,7 +175,8 @@ class Host:
         folder = Path(self.paths.records)
         found = {}
         for path in folder.glob("*.json") if folder.exists() else ():
-            found[path.stem] = json.loads(path.read_text())
+            with contextlib.suppress(FileNotFoundError):        # it ended while we look
+                found[path.stem] = json.loads(path.read_text())
         return found
 
     def eventually(self, condition, what="it"):

@@ -2,13 +2,10 @@
 import pytest
 
 from kvmapp import errors
+from tests.unit.daemon.host import UUID
 
 MAC = "52:54:00:00:00:01"
 USER = f"[interface 0]\ntype = user\nmac = {MAC}\n"
-
-
-def define(host, name="web", cards=USER, description=""):
-    host.file(name).write_text(f"name = {name}\nmemory = 64\ndescription = {description}\n{cards}")
 
 
 def cards(host, inactive=False):
@@ -18,7 +15,7 @@ def cards(host, inactive=False):
 
 def test_a_card_is_attached_to_the_file_to_the_running_domain_or_both(host):
     host.start()
-    define(host)
+    host.add("web", rest=USER)
     made = host.post("web", "interfaces", settings={"type": "user"})["interface"]
     assert made["index"] == 1 and made["mac"].startswith("52:54:00:") and list(cards(host)) == [MAC, made["mac"]]
     assert "[interface 1]\ntype = user\nmac = " in host.file("web").read_text()
@@ -34,8 +31,20 @@ def test_a_card_is_attached_to_the_file_to_the_running_domain_or_both(host):
     assert "52:54:00:00:00:07" in cards(host), "the next daemon knows of it"
 
 
+def test_a_card_that_goes_while_no_daemon_hears_of_it_is_gone_for_the_next_one(host):
+    host.start()
+    host.add("web", rest=USER + "[interface 1]\ntype = user\nmac = 52:54:00:00:00:02\n")
+    host.post("web", "start")
+    host.kill()
+    host.told("web", "detach-device", device="net0")
+    host.start()
+    assert list(cards(host)) == ["52:54:00:00:00:02"] and MAC in cards(host, inactive=True)
+    host.post("web", "interfaces", settings={"type": "user", "mac": MAC})
+    assert MAC in cards(host), "there is room for it again"
+
+
 def test_a_card_is_detached_when_the_guest_has_let_go(running):
-    define(running)
+    running.add("web", rest=USER)
     running.post("web", "start")
     assert running.post("web", "interfaces", "detach", type="user", persistent=True)["warnings"] == []
     assert cards(running) == {} and "interface" not in running.file("web").read_text()
@@ -43,16 +52,18 @@ def test_a_card_is_detached_when_the_guest_has_let_go(running):
         running.post("web", "interfaces", "detach", type="user")
 
 
-def test_a_guest_that_keeps_its_card_is_told_of(running):
-    define(running, description="keeps-cards")
-    running.post("web", "start")
-    answer = running.post("web", "interfaces", "detach", interface=MAC)
+def test_a_guest_that_keeps_its_card_is_told_of(host):
+    host.patient = False
+    host.start()
+    host.add("web", "keeps-cards", rest=USER)
+    host.post("web", "start")
+    answer = host.post("web", "interfaces", "detach", interface=MAC)
     assert answer["warnings"] == [f"the guest has not let go of interface 0 ({MAC}) yet; a guest without ACPI hotplug never does"]
-    assert MAC in cards(running)
+    assert MAC in cards(host)
 
 
 def test_which_card_is_meant(running):
-    define(running, cards=USER + "[interface 1]\ntype = user\nmac = 52:54:00:00:00:02\n")
+    running.add("web", rest=USER + "[interface 1]\ntype = user\nmac = 52:54:00:00:00:02\n")
     with pytest.raises(errors.UsageError) as caught:
         running.post("web", "interfaces", "detach", type="user")
     assert str(caught.value) == "Domain has 2 interfaces. Please specify which one to detach using --mac"
@@ -63,7 +74,7 @@ def test_which_card_is_meant(running):
 
 
 def test_the_cable_live_and_in_the_file(running):
-    define(running)
+    running.add("web", rest=USER)
     running.post("web", "start")
     running.post("web", "interfaces", "update", interface=MAC, settings={"link": "down"})
     assert running.told("web", "test_links") == {"net0": False}
@@ -81,7 +92,7 @@ def test_the_cable_live_and_in_the_file(running):
     ({"type": "bridge", "source": "br0", "addresses": "1.2.3.4"}, "of no use without filter"),
     ({"type": "bridge", "source": "br0", "vlan": "4095"}, "expected"), ({"type": "user", "filter": "clean-traffic"}, "only the types")])
 def test_cards_that_cannot_be_change_nothing(running, settings, words):
-    define(running)
+    running.add("web", uuid=UUID, rest=USER)
     before = running.file("web").read_text()
     with pytest.raises(errors.KvmappError, match=words):
         running.post("web", "interfaces", settings=settings)
@@ -89,7 +100,7 @@ def test_cards_that_cannot_be_change_nothing(running, settings, words):
 
 
 def test_what_cannot_change_while_it_runs(running):
-    define(running)
+    running.add("web", rest=USER)
     running.post("web", "start")
     with pytest.raises(errors.Unsupported, match="Cannot change mac of interface 0 while domain 'web' runs"):
         running.post("web", "interfaces", "update", interface=MAC, settings={"mac": "52:54:00:00:00:02"}, live=True, config=True)
@@ -97,7 +108,7 @@ def test_what_cannot_change_while_it_runs(running):
 
 
 def test_a_domain_that_refuses_keeps_what_it_had(running):
-    define(running, description="no-hotplug")
+    running.add("web", "no-hotplug", rest=USER)
     running.post("web", "start")
     with pytest.raises(errors.KvmappError, match="no slot is free"):
         running.post("web", "interfaces", settings={"type": "user"}, persistent=True)
@@ -107,8 +118,8 @@ def test_a_domain_that_refuses_keeps_what_it_had(running):
 
 
 def test_two_running_domains_never_have_one_mac(running):
-    define(running)
-    define(running, "twin", USER.replace(":01", ":02"))
+    running.add("web", rest=USER)
+    running.add("twin", rest=USER.replace(":01", ":02"))
     running.post("web", "start")
     running.post("twin", "start")
     with pytest.raises(errors.NameInUse, match=f"Domain 'web' runs with the same MAC address {MAC}"):
@@ -116,7 +127,7 @@ def test_two_running_domains_never_have_one_mac(running):
 
 
 def test_a_domain_that_knows_no_such_verb(running):
-    define(running, description="old")
+    running.add("web", "old", rest=USER)
     running.post("web", "start")
     for parts, body in (("interfaces",), {"settings": {"type": "user"}}), (("interfaces", "detach"), {"type": "user"}):
         with pytest.raises(errors.Unsupported, match="cannot come and go while it runs") as caught:

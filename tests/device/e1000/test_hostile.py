@@ -3,7 +3,7 @@ import struct
 
 import pytest
 
-from tests.device.e1000_driver import (
+from tests.device.e1000.driver import (
     CTRL,
     DATA,
     DD,
@@ -22,25 +22,11 @@ from tests.device.e1000_driver import (
     TCP_SUM,
     TSE,
     TX,
-    Rig,
     context,
     frame,
     tcp_frame,
 )
-from tests.device.virtio_driver import Guest, until
-
-
-@pytest.fixture
-def guest():
-    with Guest() as guest:
-        yield guest
-
-
-@pytest.fixture
-def rig(guest):
-    rig = Rig(guest)
-    rig.start()
-    return rig
+from tests.waiting import until
 
 
 def test_rings_that_are_none(rig):

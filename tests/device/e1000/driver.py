@@ -11,7 +11,8 @@ import struct
 from kvmapp.hw.e1000 import E1000
 from kvmapp.layout import GSI_INTX, PCI_ECAM_BASE
 from kvmapp.net.backend import FrameDescriptor
-from tests.device.virtio_driver import until
+from tests.checksums import total
+from tests.waiting import until
 
 MAC = bytes.fromhex("5254007f0dcb")
 OTHER = bytes.fromhex("525400000001")
@@ -141,13 +142,6 @@ class Rig:
 
 def frame(to=OTHER, size=60, kind=0x88B5, fill=None):
     return (to + MAC + struct.pack(">H", kind) + (fill or bytes(i & 255 for i in range(size))))[:size]
-
-
-def total(data):
-    words = sum(struct.unpack(f">{(len(data) + 1) // 2}H", data + bytes(len(data) % 2)))
-    while words >> 16:
-        words = (words & 0xFFFF) + (words >> 16)
-    return words
 
 
 def tcp_frame(payload, *, seeded=True, length=0, version=4, identity=7, flags=0x19):

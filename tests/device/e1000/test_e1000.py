@@ -1,15 +1,15 @@
 """The 82540EM as a driver uses it, over a socket pair that plays the tap: both ways, offloads, filters, saved state."""
 import copy
-import os
 import socket
 import struct
-import subprocess
 import time
 
 import pytest
 
+from kvmapp.net.backend import FrameDescriptor
 from kvmapp.net.tap import Tap
-from tests.device.e1000_driver import (
+from tests.checksums import total
+from tests.device.e1000.driver import (
     BROADCAST,
     CTRL,
     DATA,
@@ -22,6 +22,7 @@ from tests.device.e1000_driver import (
     GROUP,
     GROUPS,
     HEAD,
+    HEADER,
     HIGH,
     IC,
     ICR,
@@ -75,23 +76,10 @@ from tests.device.e1000_driver import (
     context,
     frame,
     tcp_frame,
-    total,
 )
-from tests.device.virtio_driver import Guest, until
-
-
-@pytest.fixture
-def guest():
-    with Guest() as guest:
-        yield guest
-
-
-@pytest.fixture
-def rig(guest):
-    rig = Rig(guest)
-    rig.start()
-    return rig
-
+from tests.device.idling import until_idle
+from tests.device.taps import end_without_another, host_side, own_tap
+from tests.waiting import until
 
 # ---- the chip
 
@@ -152,9 +140,9 @@ def test_the_interrupt_is_a_level_that_icr_takes_down(rig):
 def test_interrupts_keep_the_distance_that_itr_asks_for(rig):
     rig.put(IMS, LSC)
     rig.put(ITR, 0xFFFF)                                 # 16.8 ms
+    started = time.monotonic()
     rig.put(ICS, LSC)
     assert rig.irq()
-    started = time.monotonic()
     rig.get(ICR)
     rig.put(ICS, LSC)
     assert not rig.irq() or time.monotonic() - started > 0.016
@@ -345,19 +333,10 @@ def test_a_frame_that_finds_too_little_room_is_dropped(rig):
 @pytest.fixture
 def tap():
     """A tap of our own, and what the host sees of IP there."""
-    if os.geteuid() or not os.path.exists("/dev/net/tun"):
-        pytest.skip("NO TAPS HERE: needs root and /dev/net/tun; the tap itself is NOT tested on this machine")
-    name = f"e1000-{os.getpid()}"
-    subprocess.run(["ip", "tuntap", "add", name, "mode", "tap", "vnet_hdr"], check=True)
-    try:
-        backend = Tap(name)                              # first: one that comes up without a carrier loses frames for a while
-        subprocess.run(["ip", "link", "set", name, "up"], check=True)
-        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0800)) as host:
-            host.bind((name, 0x0800))
-            host.settimeout(20)
+    with own_tap() as name:
+        backend = Tap(name)
+        with host_side(name, 0x0800) as host:
             yield backend, host
-    finally:
-        subprocess.run(["ip", "link", "delete", name], check=True)
 
 
 @pytest.mark.parametrize("size", [1, 1000, 1001, 60000])
@@ -380,6 +359,7 @@ def test_another_end_that_went_away_is_no_busy_loop(rig):
     rig.send(frame())
     until(lambda: rig.card.stats()["tx_drop"] == 1)
     rig.settle()
+    until_idle("io")
 
 
 # ---- life
@@ -416,3 +396,15 @@ def test_paused_it_does_nothing_and_then_goes_on(rig):
     assert rig.get(TX + HEAD) == 0 and not rig.descriptor(RX, 0)[2]
     rig.card.resume()
     assert rig.sent() == frame() and rig.received()[0][:-4] == frame(MAC)
+
+
+def test_a_frame_that_the_host_cannot_hand_over_is_not_the_last(guest, log):
+    ours, here, there = end_without_another()
+    rig = Rig(guest, backend=FrameDescriptor(fd=ours.detach()))
+    rig.start()
+    rig.send(frame())                                    # to a port that is nobody's: an error of the next receive
+    until(lambda: "no frames from the host" in log())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as host:
+        host.bind(there)
+        host.sendto(bytes(HEADER) + frame(MAC), here)
+        assert rig.received()[0][:len(frame(MAC))] == frame(MAC)

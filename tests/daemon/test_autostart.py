@@ -1,0 +1,39 @@
+"""Domains that start with the host: in their order, once a boot, and when their disks are there."""
+import os
+
+
+def test_autostart_in_order_once_a_boot(host):
+    for name, order in (("late", 200), ("early", 10), ("middle", 100), ("unmarked", 1)):
+        host.add(name, autostart_order=order)
+    os.makedirs(host.paths.autostart)
+    for name in ("late", "early", "middle", "missing"):
+        os.symlink(f"../{name}.conf", os.path.join(host.paths.autostart, f"{name}.conf"))
+    host.start()
+    with host.client() as client:
+        done = host.eventually(lambda: (lambda one: one if one["state"] == "done" else None)(client.get("/v1/autostart")))
+    assert done["started"] == ["early", "middle", "late"] and done["failed"] == {"missing": "there is no such domain"}
+    assert [host.domain(name)["id"] for name in ("early", "middle", "late")] == [1, 2, 3]
+    host.post("early", "destroy")
+    host.kill()
+    host.start()
+    with host.client() as client:
+        assert client.get("/v1/autostart")["state"] == "none"
+    assert host.states()["early"] == "shut off" and host.states()["unmarked"] == "shut off"
+
+
+def test_autostart_waits_for_a_disk_and_says_so(host, tmp_path):
+    image = tmp_path / "late.img"
+    host.add("waits", rest=f"[disk vda]\nsource = {image}\n")
+    host.add("ready", autostart_order=200)
+    os.makedirs(host.paths.autostart)
+    for name in ("waits", "ready"):
+        os.symlink(f"../{name}.conf", os.path.join(host.paths.autostart, f"{name}.conf"))
+    host.start()
+    host.eventually(lambda: host.states() == {"waits": "shut off", "ready": "running"})
+    assert host.domain("waits")["waiting"]["missing"] == [f"disk vda ({image})"]
+    host.kill()                                                         # the next daemon goes on with the waiting
+    host.start()
+    host.eventually(lambda: host.domain("waits")["waiting"])
+    image.write_bytes(b"\0" * 512)
+    host.eventually(lambda: host.states()["waits"] == "running")
+    assert host.domain("waits")["waiting"] is None

@@ -1,0 +1,45 @@
+"""The daemon itself: in the background, never twice, and with settings that are read again."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.unit.daemon.host import DAEMON, PATIENCE, ROOT, SOCKET_GROUP
+
+
+def test_background_returns_when_it_answers(host):
+    ready = subprocess.run([sys.executable, "-c", DAEMON, "--background", "--root", host.root], cwd=ROOT, capture_output=True,
+                           text=True, timeout=PATIENCE, check=False)
+    assert (ready.returncode, ready.stderr) == (0, "")
+    with host.client() as client:
+        pid = client.get("/v1/daemon")["pid"]
+    assert Path(host.paths.pid_file).read_text() == f"{pid}\n"
+    os.kill(pid, 15)
+    host.eventually(lambda: not os.path.exists(f"/proc/{pid}"))
+    assert not os.path.lexists(host.paths.socket) and not os.path.lexists(host.paths.pid_file)
+    assert "stopped; 0 domains run on" in Path(host.paths.daemon_log).read_text()
+
+
+def test_background_tells_why_it_cannot_begin(host):
+    host.write("kvmapp.conf", "log_level = loud\n")
+    failed = subprocess.run([sys.executable, "-c", DAEMON, "--background", "--root", host.root], cwd=ROOT, capture_output=True,
+                            text=True, timeout=PATIENCE, check=False)
+    assert failed.returncode == 1 and "kvmapp.conf:1: log_level = 'loud'" in failed.stderr
+
+
+def test_second_daemon_says_who_runs(running):
+    second = subprocess.run([sys.executable, "-c", DAEMON, "--background", "--root", running.root], cwd=ROOT, capture_output=True,
+                            text=True, timeout=PATIENCE, check=False)
+    assert second.returncode == 1
+    assert second.stderr.startswith(f"error: A kvmapp daemon runs already (pid {running.process.pid})\n")
+    assert running.states() == {}
+
+
+def test_reload_takes_new_settings_and_survives_bad_ones(running):
+    running.write("kvmapp.conf", f"unix_sock_group = {SOCKET_GROUP}\nunix_sock_rw_perms = 0600\n")
+    with running.client() as client:
+        assert client.post("/v1/daemon/reload")["warnings"] == []
+        assert os.stat(running.paths.socket).st_mode & 0o777 == 0o600
+        running.write("kvmapp.conf", "nonsense\n")
+        assert "kvmapp.conf:1:" in client.post("/v1/daemon/reload")["warnings"][0]
+        assert client.get("/v1/domains") == {"domains": []}
