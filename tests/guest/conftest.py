@@ -13,6 +13,15 @@ from tests.guest.guest import Guest, Machine, start
 from tests.guest.place import NESTED_LAB, VMM
 
 HERE = Path(__file__).parent
+# The VMM's threads and where they wait; what KVM counted of them in a second; the kernel's last words.
+HOST_STATE = """
+ps -eLo pid,tid,stat,pcpu,time,wchan:24,comm --sort -pcpu | head -25
+[ -d /sys/kernel/debug/kvm ] || mount -t debugfs none /sys/kernel/debug
+cd /sys/kernel/debug/kvm
+counts() { grep . exits *_exits pf_fixed insn_emulation irq_injections; }
+counts | sed 's/^/before: /'; sleep 1; counts | sed 's/^/after:  /'
+dmesg | tail -15
+"""
 GUESTS = pytest.StashKey[list[Guest]]()
 
 
@@ -24,10 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """A failure shows the consoles of the test's guests."""
+    """A failure shows the consoles of the test's guests, and what the nested host was at."""
     report = yield
     if report.failed:
         report.sections += [(f"console of {guest.command[0]}", guest.console) for guest in item.stash.get(GUESTS, [])]
+        if NESTED_LAB.is_dir():
+            state = subprocess.run(HOST_STATE, shell=True, capture_output=True, text=True, errors="replace", timeout=60, check=False)
+            report.sections.append(("the nested host", state.stdout + state.stderr))
     return report
 
 

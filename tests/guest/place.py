@@ -3,8 +3,9 @@
 Guest tests are at home where KVM is hardware virtualization. A test marked `lab(lack)` is where `lack` is None; else that names what
 the kernel here lacks. All tests that are not at home run in the lab one after another.
 
-The reports of a run in the lab come out test by test, as they end, and are shown as the tests' own. A test whose
-report never comes, because the nested host died or was never up, fails with the end of what the lab said.
+They run beside the tests that are at home, for the emulator leaves a CPU free: the lab begins with the first test that has no nested host
+of its own, and its reports are shown last, as the tests' own. A test whose report never comes, because the nested host died or was never
+up, fails with the end of what the lab said.
 """
 import json
 import os
@@ -21,12 +22,13 @@ from tests.lab.commandline import DIED
 
 GUEST_TESTS = Path(__file__).parent
 CHECKOUT = GUEST_TESTS.parents[1]
+OWN_NESTED_HOSTS = GUEST_TESTS.parent / "appliance"     # its tests boot them; two emulators at once would take each other's CPU
 NESTED_LAB = Path("/lab")                               # is there in the nested host
 REPORTS = "KVMAPP_LAB_REPORTS"                          # in the nested host: the file that takes the reports
 VMM = "KVMAPP_TEST_VMM"                                 # kvmapp, or qemu to try the tests themselves on the peer
 LAB_SECONDS = 3600
-TEST_SECONDS = 1200                                     # in the nested host
-STALL_SECONDS = 420                                     # of silence; longer than any one test takes on a busy machine
+TEST_SECONDS = 400                                      # in the nested host; longer than any one test takes on a busy machine
+STALL_SECONDS = 480                                     # of silence: then it is the nested host that stands still
 STARTS = 4                                              # boots of the nested host, at most
 TELLINGS = 3                                            # of one test
 RETELLINGS = 5                                          # in one run
@@ -50,19 +52,17 @@ def goes_to_lab(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those for the lab stand together, so that it is up no longer than they take."""
-    away = [goes_to_lab(item) for item in items]
-    if any(away):
-        first = away.index(True)
-        items[:] = [*items[:first], *sorted(items[first:], key=lambda item: not goes_to_lab(item))]
+    """Those for the lab stand last."""
+    items.sort(key=goes_to_lab)
     for item in items:
         if NESTED_LAB.is_dir() and lacks(item):
             item.add_marker(pytest.mark.skip(reason=f"{', '.join(lacks(item))}: NOT TESTED"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
+    away = session.stash[AWAY] = dict.fromkeys(item.nodeid for item in session.items if goes_to_lab(item))
     for item in session.items:
-        if goes_to_lab(item):                            # which has a time limit of its own
+        if item.nodeid in away:                         # which has a time limit of its own
             item.add_marker(pytest.mark.timeout(0), append=False)
         elif GUEST_TESTS in item.path.parents:
             item.add_marker(pytest.mark.timeout(TEST_SECONDS), append=False)
@@ -71,11 +71,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """A test that runs in the lab is not run here: its reports are fetched from there."""
-    if not goes_to_lab(item):
-        return None
     stash = item.session.stash
-    if LAB_RUN not in stash:
-        stash[LAB_RUN] = LabRun(item.config, [other.nodeid for other in item.session.items if goes_to_lab(other)])
+    away = stash[AWAY]
+    if away and LAB_RUN not in stash and OWN_NESTED_HOSTS not in item.path.parents:
+        stash[LAB_RUN] = LabRun(item.config, list(away))
+    if item.nodeid not in away:
+        if LAB_RUN in stash:
+            stash[LAB_RUN].look()
+        return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     for report in stash[LAB_RUN].reports_of(item):
         item.ihook.pytest_runtest_logreport(report=report)
@@ -124,21 +127,28 @@ class LabRun:
     def reports_of(self, item: pytest.Item) -> list[pytest.TestReport]:
         """The item's reports, when all have come; when none will come any more, one that says why."""
         while True:
-            ended = self.process.poll() is not None      # asked first: what was written before the end is read then
-            self._read_new()
+            more = self.look()
             reports = self.reports.get(item.nodeid, [])
             if any(report.when == "teardown" for report in reports):
                 if any(report.failed for report in reports) and self._may_be_retold(item):
                     self._tell_again(item, reports)
                     continue
                 return reports
-            if ended and not (self.process.returncode == DIED and self.starts < STARTS):
+            if not more:
                 return [self._lost(item)]
-            if ended:
-                self._start_anew("the nested host died")
-            elif time.monotonic() - self.progress > STALL_SECONDS and self.starts < STARTS:
-                self._start_anew(f"silent for {STALL_SECONDS} s")
             time.sleep(0.2)
+
+    def look(self) -> bool:
+        """Reads what has come; a nested host that died or stands still is started anew. Whether more will come."""
+        ended = self.process.poll() is not None          # asked first: what was written before the end is read then
+        self._read_new()
+        if ended and not (self.process.returncode == DIED and self.starts < STARTS):
+            return False
+        if ended:
+            self._start_anew("the nested host died")
+        elif time.monotonic() - self.progress > STALL_SECONDS and self.starts < STARTS:
+            self._start_anew(f"silent for {STALL_SECONDS} s")
+        return True
 
     def close(self) -> None:
         self.process.terminate()
@@ -161,9 +171,9 @@ class LabRun:
 
     def _start_anew(self, why: str) -> None:
         """The emulated host itself hangs or panics now and then; what it had not finished runs in a new one, and this is said."""
-        print(f"\nlab: {why}: a new nested host runs what is left; the old one's last words:", *self._output()[-12:], sep="\n", flush=True)
-        self.process.terminate()
+        self.process.terminate()                         # and it tells what it was at
         self.process.wait()
+        print(f"\nlab: {why}: a new nested host runs what is left; the old one's last words:", *self._output()[-60:], sep="\n", flush=True)
         done = {name for name, reports in self.reports.items() if any(report.when == "teardown" for report in reports)}
         self.reports = {name: reports for name, reports in self.reports.items() if name in done}
         self.start([name for name in self.ids if name not in done])
@@ -192,6 +202,7 @@ class LabRun:
 
 
 LAB_RUN = pytest.StashKey[LabRun]()
+AWAY = pytest.StashKey[dict[str, None]]()               # the ids of the lab's tests, in their order
 
 
 class _ReportWriter:

@@ -69,6 +69,9 @@ def _run_in_fresh(options: argparse.Namespace) -> int:
                 host.shell()
             host.power_off()
             return status
+    except (TimeIsUp, SystemExit):                      # somebody waits no longer: why it took so long
+        print(host.last_words(), flush=True)
+        raise
     finally:
         host.kill()
         shutil.rmtree(folder, ignore_errors=True)

@@ -22,6 +22,7 @@ from tests.lab.images import Images
 
 BOOT_TIMEOUT = 240
 PORTS = ("control", "out", "err")
+MONITOR_TIMEOUT = 5
 # With the emulator's nested paging a guest now and then resets by a triple fault, or spins with the host's registers in its VMCB
 # (README.md). Shadow paging does without.
 NO_NESTED_PAGES = "kvm_amd.npt=0"
@@ -93,6 +94,19 @@ class NestedHost:
         while self.alive() and time.monotonic() < deadline:
             time.sleep(0.05)
         self.kill()
+
+    def last_words(self) -> str:
+        """What a nested host that no longer answers is at: its CPUs' registers, twice, and the end of its console."""
+        words = []
+        try:
+            with socket.socket(socket.AF_UNIX) as monitor:
+                monitor.settimeout(MONITOR_TIMEOUT)
+                monitor.connect(str(self.folder / "monitor"))
+                for _ in range(2):                       # the same twice: it stands still
+                    words.append(f"-- registers:\n{_ask_monitor(monitor, 'info registers -a')}")
+        except OSError as error:
+            words.append(f"-- QEMU's monitor does not answer: {error}")
+        return "\n".join([*words, f"-- end of console.log:\n{_tail(self.folder / 'console.log')}"])
 
     def kill(self) -> None:
         if self.alive():
@@ -191,6 +205,16 @@ def _tail(path: Path) -> str:
     return "\n".join("    " + line.rstrip() for line in lines[-25:])
 
 
+def _ask_monitor(monitor: socket.socket, command: str) -> str:
+    """The answer to a command of QEMU's human monitor, the registers' lines that tell where a CPU is alone."""
+    monitor.sendall(command.encode() + b"\n")
+    answer = b""
+    while not (answer.rstrip().endswith(b"(qemu)") and b"RIP=" in answer):
+        answer += monitor.recv(65536)
+    kept = [line for line in answer.decode(errors="replace").splitlines() if line.startswith(("CPU#", "RIP=", "RSP=", "RSI=", "CR0="))]
+    return "\n".join(line.rstrip() for line in kept)
+
+
 def _qemu_command(folder: Path, images: Images, hardware: Hardware, share: Share) -> list[str]:
     disk = f"file={images.disk},format=raw,snapshot=on,cache=unsafe"
     if hardware.disk:
@@ -201,6 +225,7 @@ def _qemu_command(folder: Path, images: Images, hardware: Hardware, share: Share
                "-kernel", str(images.kernel), "-initrd", str(images.initrd), "-append",
                f"console=ttyS0 panic=-1 quiet mitigations=off nokaslr random.trust_cpu=on {NO_NESTED_PAGES}{boot}",
                "-drive", f"if=virtio,{disk}", "-serial", f"file:{folder / 'console.log'}",
+               "-monitor", f"unix:{folder / 'monitor'},server=on,wait=off",
                "-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]
     if hardware.terminal:
         command += ["-chardev", "stdio,id=terminal,signal=off", "-device", "virtconsole,chardev=terminal,nr=0"]

@@ -1,6 +1,7 @@
 """The lab's own parts, as far as they go without a nested host: cpio archives, the cache, the streams of a command."""
 import gzip
 import os
+import socket
 import subprocess
 import threading
 
@@ -8,7 +9,7 @@ import pytest
 
 from tests.lab import cache, commandline, debian, images, initramfs
 from tests.lab.errors import LabError
-from tests.lab.nested import Stream
+from tests.lab.nested import NestedHost, Stream
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +96,29 @@ def test_a_command_s_output_ends_at_its_token_however_it_is_cut(capfd, size):
         stream.take(sent[start:start + size])
     assert stream.status == 17
     assert capfd.readouterr().out == "one\n\1\1two\1caf\n"
+
+
+def test_the_last_words_tell_where_each_cpu_is(tmp_path):
+    (tmp_path / "console.log").write_text("BUG: soft lockup\n")
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.bind(str(tmp_path / "monitor"))
+        monitor.listen()
+        told: list[str] = []
+        asking = threading.Thread(target=lambda: told.append(NestedHost(tmp_path, tmp_path).last_words()))
+        asking.start()
+        with monitor.accept()[0] as asked:
+            asked.sendall(b"QEMU 7.2 monitor\r\n(qemu) ")
+            for rip in (b"1234", b"5678"):
+                assert asked.recv(100) == b"info registers -a\n"
+                asked.sendall(b"info registers -a\r\n\r\nCPU#0\r\nRAX=1\r\nRIP=" + rip)
+                asked.sendall(b" HLT=1\r\nYMM00=0\r\n(qemu) ")
+            asking.join()
+    assert told == ["-- registers:\nCPU#0\nRIP=1234 HLT=1\n-- registers:\nCPU#0\nRIP=5678 HLT=1\n"
+                    "-- end of console.log:\n    BUG: soft lockup"]
+
+
+def test_the_last_words_of_a_host_that_is_gone(tmp_path):
+    assert "monitor does not answer" in NestedHost(tmp_path, tmp_path).last_words()
 
 
 def test_a_failed_step_shows_the_end_of_what_it_said():
