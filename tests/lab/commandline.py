@@ -96,7 +96,7 @@ def _run_in_named(options: argparse.Namespace) -> int:
             _boot(host, options)
         try:
             return _run(host, options)
-        except TimeIsUp:
+        except (TimeIsUp, NestedHostDied):
             host.kill()                                 # the command would go on, and answer in the place of the next
             raise
 

@@ -23,6 +23,9 @@ from tests.lab.images import Images
 BOOT_TIMEOUT = 240
 PORTS = ("control", "out", "err")
 MONITOR_TIMEOUT = 5
+# An emulated CPU now and then halts for ever (README.md). One that lives has its kernel's watchdog every four seconds at least.
+LOOK_SECONDS = 5
+STILL_SECONDS = 90
 # With the emulator's nested paging a guest now and then resets by a triple fault, or spins with the host's registers in its VMCB
 # (README.md). Shadow paging does without.
 NO_NESTED_PAGES = "kvm_amd.npt=0"
@@ -102,8 +105,12 @@ class NestedHost:
             with socket.socket(socket.AF_UNIX) as monitor:
                 monitor.settimeout(MONITOR_TIMEOUT)
                 monitor.connect(str(self.folder / "monitor"))
+                _answer(monitor)
                 for _ in range(2):                       # the same twice: it stands still
-                    words.append(f"-- registers:\n{_ask_monitor(monitor, 'info registers -a')}")
+                    registers = _ask_monitor(monitor, "info registers -a", ("CPU#", "RSI=", "RIP=", "CR0="))
+                    words += ["-- registers:", *registers]
+                for cpu in range(sum(line.startswith("CPU#") for line in registers)):
+                    words += [f"-- its local APIC {cpu}:", *_ask_monitor(monitor, f"info lapic {cpu}", ("Timer", "ISR", "IRR", "APR"))]
         except OSError as error:
             words.append(f"-- QEMU's monitor does not answer: {error}")
         return "\n".join([*words, f"-- end of console.log:\n{_tail(self.folder / 'console.log')}"])
@@ -145,15 +152,19 @@ class NestedHost:
     def _request(self, verb: str, timeout: float, outputs: tuple[int, int] = (1, 2)) -> int:
         token = secrets.token_hex(16)
         self.ports["control"].sendall(f"{verb} {token}\n".encode())
-        deadline = time.monotonic() + timeout if timeout else None
+        deadline = time.monotonic() + timeout if timeout else float("inf")
+        pulse = Pulse(self.pid())
         streams = {self.ports[name]: Stream(token, descriptor) for name, descriptor in zip(("out", "err"), outputs, strict=True)}
         with selectors.DefaultSelector() as selector:
             for port in streams:
                 selector.register(port, selectors.EVENT_READ)
             while any(stream.status is None for stream in streams.values()):
-                ready = selector.select(max(0.0, deadline - time.monotonic()) if deadline else None)
-                if not ready:
+                ready = selector.select(max(0.0, min(LOOK_SECONDS, deadline - time.monotonic())))
+                if not ready and time.monotonic() > deadline:
                     raise TimeIsUp(f"no end after {timeout:g} s")
+                still = pulse.missing()
+                if still:
+                    raise NestedHostDied(f"{still} of the nested host stands still\n{self.last_words()}")
                 for key, _ in ready:
                     data = key.fileobj.recv(65536)       # type: ignore[union-attr]
                     if not data:
@@ -167,6 +178,30 @@ class NestedHost:
         tails = [f"-- end of {name}:\n{_tail(self.folder / name)}" for name in ("qemu.log", "console.log")
                  if _tail(self.folder / name)]
         return NestedHostDied("\n".join([what, *tails]))
+
+
+class Pulse:
+    """The CPU time of an emulator's vCPU threads."""
+
+    def __init__(self, pid: int) -> None:
+        self.threads = Path(f"/proc/{pid}/task")
+        self.beats: dict[str, tuple[str, float]] = {}   # the thread's name: its CPU time, and since when it is so
+
+    def missing(self) -> str:
+        """The name of a CPU that has done nothing for STILL_SECONDS, or nothing."""
+        now = time.monotonic()
+        for thread in self.threads.glob("*"):
+            try:
+                name = (thread / "comm").read_text().strip()
+                spent = (thread / "schedstat").read_text().split()[0]
+            except OSError:                             # it has just ended
+                continue
+            if name.startswith("CPU "):
+                if self.beats.get(name, ("", now))[0] != spent:
+                    self.beats[name] = (spent, now)
+                elif now - self.beats[name][1] > STILL_SECONDS:
+                    return name
+        return ""
 
 
 class Stream:
@@ -205,14 +240,18 @@ def _tail(path: Path) -> str:
     return "\n".join("    " + line.rstrip() for line in lines[-25:])
 
 
-def _ask_monitor(monitor: socket.socket, command: str) -> str:
-    """The answer to a command of QEMU's human monitor, the registers' lines that tell where a CPU is alone."""
+def _ask_monitor(monitor: socket.socket, command: str, wanted: tuple[str, ...]) -> list[str]:
+    """The lines of a command's answer that begin with what is wanted."""
     monitor.sendall(command.encode() + b"\n")
-    answer = b""
-    while not (answer.rstrip().endswith(b"(qemu)") and b"RIP=" in answer):
-        answer += monitor.recv(65536)
-    kept = [line for line in answer.decode(errors="replace").splitlines() if line.startswith(("CPU#", "RIP=", "RSP=", "RSI=", "CR0="))]
-    return "\n".join(line.rstrip() for line in kept)
+    return [line.rstrip() for line in _answer(monitor).splitlines() if line.startswith(wanted)]
+
+
+def _answer(monitor: socket.socket) -> str:
+    """What QEMU's human monitor says until it asks for the next command."""
+    said = b""
+    while not said.rstrip().endswith(b"(qemu)"):
+        said += monitor.recv(65536)
+    return said.decode(errors="replace")
 
 
 def _qemu_command(folder: Path, images: Images, hardware: Hardware, share: Share) -> list[str]:
@@ -220,7 +259,7 @@ def _qemu_command(folder: Path, images: Images, hardware: Hardware, share: Share
     if hardware.disk:
         disk = f"file={hardware.disk},format=qcow2,cache=writeback"
     boot = " lab.boot" if hardware.sysvinit else ""
-    command = ["qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+    command = ["qemu-system-x86_64", "-name", "lab,debug-threads=on", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
                "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(hardware.cpus), "-m", str(hardware.memory),
                "-kernel", str(images.kernel), "-initrd", str(images.initrd), "-append",
                f"console=ttyS0 panic=-1 quiet mitigations=off nokaslr random.trust_cpu=on {NO_NESTED_PAGES}{boot}",

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from tests.lab import cache, commandline, debian, images, initramfs
+from tests.lab import cache, commandline, debian, images, initramfs, nested
 from tests.lab.errors import LabError
-from tests.lab.nested import NestedHost, Stream
+from tests.lab.nested import NestedHost, Pulse, Stream
 
 
 @pytest.fixture(autouse=True)
@@ -108,17 +108,39 @@ def test_the_last_words_tell_where_each_cpu_is(tmp_path):
         asking.start()
         with monitor.accept()[0] as asked:
             asked.sendall(b"QEMU 7.2 monitor\r\n(qemu) ")
-            for rip in (b"1234", b"5678"):
-                assert asked.recv(100) == b"info registers -a\n"
-                asked.sendall(b"info registers -a\r\n\r\nCPU#0\r\nRAX=1\r\nRIP=" + rip)
-                asked.sendall(b" HLT=1\r\nYMM00=0\r\n(qemu) ")
+            for command, answer in ((b"info registers -a", b"CPU#0\r\nRAX=1\r\nRIP=1234 HLT=1\r\nYMM00=0"),
+                                    (b"info registers -a", b"CPU#0\r\nRAX=1\r\nRIP=5678 HLT=1\r\nYMM00=0"),
+                                    (b"info lapic 0", b"LVT0 masked\r\nIRR\t 236")):
+                assert asked.recv(100) == command + b"\n"
+                asked.sendall(command + b"\r\n" + answer)
+                asked.sendall(b"\r\n(qemu) ")
             asking.join()
     assert told == ["-- registers:\nCPU#0\nRIP=1234 HLT=1\n-- registers:\nCPU#0\nRIP=5678 HLT=1\n"
-                    "-- end of console.log:\n    BUG: soft lockup"]
+                    "-- its local APIC 0:\nIRR\t 236\n-- end of console.log:\n    BUG: soft lockup"]
 
 
 def test_the_last_words_of_a_host_that_is_gone(tmp_path):
     assert "monitor does not answer" in NestedHost(tmp_path, tmp_path).last_words()
+
+
+def test_a_cpu_without_a_pulse_is_named(tmp_path, monkeypatch):
+    def beat(thread, name, spent):
+        (tmp_path / thread).mkdir(exist_ok=True)
+        (tmp_path / thread / "comm").write_text(f"{name}\n")
+        (tmp_path / thread / "schedstat").write_text(f"{spent} 7 7\n")
+
+    pulse = Pulse(os.getpid())
+    pulse.threads = tmp_path
+    monkeypatch.setattr(nested, "STILL_SECONDS", 0)
+    for spent in (1, 2, 3):
+        beat("10", "qemu-system-x86", 0)                # which may sleep as long as it likes
+        beat("11", "CPU 0/TCG", spent)
+        beat("12", "CPU 1/TCG", spent)
+        assert not pulse.missing()
+    beat("11", "CPU 0/TCG", 4)
+    assert pulse.missing() == "CPU 1/TCG"
+    monkeypatch.setattr(nested, "STILL_SECONDS", 90)
+    assert not pulse.missing()
 
 
 def test_a_failed_step_shows_the_end_of_what_it_said():
