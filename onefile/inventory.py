@@ -29,8 +29,7 @@ class Part:
 def collect(work: Path, version: str, libraries: dict[str, Path], linked: list[Path]) -> list[Part]:
     """`work` is PyInstaller's folder of notes, `libraries` and `linked` are files of the host that went in as they are, or by ld."""
     collected = {Path(source) for target, source, kind in table(work / "COLLECT-00.toc") if kind in ("BINARY", "EXTENSION")}
-    modules = {name.split(".")[0] for name, *_ in table(work / "PYZ-00.toc")}
-    modules |= {target.split("/")[0] for target, _, _ in table(work / "COLLECT-00.toc")}
+    modules = {target.split("/")[0].split(".")[0] for target, _, _ in table(work / "COLLECT-00.toc")}
     parts = [Part(OURS, version, "GPL-2.0-or-later", "application", [Path("COPYING")]), python()]
     parts += distributions(modules)
     site = Path(sysconfig.get_path("platlib"))

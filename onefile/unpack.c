@@ -82,6 +82,12 @@ static void take(void *to, size_t size)
 
 static void make_parents(int folder, char *name)
 {
+    static char last[PATH_ROOM];            /* names are sorted: most stand where the one before them does */
+    size_t length = (size_t)(strrchr(name, '/') ? strrchr(name, '/') - name + 1 : 0);
+    if (length == strlen(last) && memcmp(name, last, length) == 0)
+        return;
+    memcpy(last, name, length);
+    last[length] = 0;
     for (char *slash = strchr(name, '/'); slash; slash = strchr(slash + 1, '/')) {
         *slash = 0;
         if (mkdirat(folder, name, 0755) != 0 && errno != EEXIST)

@@ -54,7 +54,7 @@ def test_products(products, file):
     assert (noted, name) == (hashlib.sha256(file.read_bytes()).hexdigest(), "kvmapp")
     assert file.stat().st_size <= SIZE_GOAL
     listed = {part["name"]: part for part in json.loads((products / "kvmapp.sbom.json").read_text())["components"]}
-    for name in ("CPython", "aiohttp", "configobj", "pyinstaller"):
+    for name in ("CPython", "aiohttp", "configobj", "netifaces", "pyinstaller"):
         assert listed[name]["version"] and listed[name]["licenses"][0]["license"]["name"] not in ("", "unknown")
     assert any(name.startswith("libslirp") for name in listed)
 
