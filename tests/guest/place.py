@@ -116,7 +116,8 @@ class LabRun:
         self.progress = time.monotonic()
         (self.folder / "reports").write_bytes(b"")
         (self.folder / "ids").write_text("\n".join(ids))
-        command = [str(CHECKOUT / "tests/lab/run"), "--out", str(self.folder), "--timeout", str(LAB_SECONDS),
+        command = ["setpriv", "--pdeathsig", "TERM",     # a killed pytest leaves no emulator behind
+                   str(CHECKOUT / "tests/lab/run"), "--out", str(self.folder), "--timeout", str(LAB_SECONDS),
                    "--memory", "4096",
                    "env", f"{REPORTS}=/out/reports", f"{VMM}={os.environ.get(VMM, 'kvmapp')}", "python3",
                    "-m", "pytest", "-q",
