@@ -38,7 +38,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     if report.failed:
         report.sections += [(f"console of {guest.command[0]}", guest.console) for guest in item.stash.get(GUESTS, [])]
         if NESTED_LAB.is_dir():
-            state = subprocess.run(HOST_STATE, shell=True, capture_output=True, text=True, errors="replace", timeout=60, check=False)
+            state = subprocess.run(["timeout", "60", "sh", "-c", HOST_STATE], capture_output=True, text=True, errors="replace", check=False)
             report.sections.append(("the nested host", state.stdout + state.stderr))
     return report
 

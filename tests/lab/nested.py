@@ -186,10 +186,14 @@ class Pulse:
     def __init__(self, pid: int) -> None:
         self.threads = Path(f"/proc/{pid}/task")
         self.beats: dict[str, tuple[str, float]] = {}   # the thread's name: its CPU time, and since when it is so
+        self.looked = time.monotonic()
 
     def missing(self) -> str:
         """The name of a CPU that has done nothing for STILL_SECONDS, or nothing."""
         now = time.monotonic()
+        if now < self.looked + LOOK_SECONDS:
+            return ""
+        self.looked = now
         for thread in self.threads.glob("*"):
             try:
                 name = (thread / "comm").read_text().strip()
@@ -250,7 +254,10 @@ def _answer(monitor: socket.socket) -> str:
     """What QEMU's human monitor says until it asks for the next command."""
     said = b""
     while not said.rstrip().endswith(b"(qemu)"):
-        said += monitor.recv(65536)
+        part = monitor.recv(65536)
+        if not part:
+            raise ConnectionError("QEMU has ended")
+        said += part
     return said.decode(errors="replace")
 
 

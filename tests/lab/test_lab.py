@@ -121,6 +121,13 @@ def test_the_last_words_tell_where_each_cpu_is(tmp_path):
 
 def test_the_last_words_of_a_host_that_is_gone(tmp_path):
     assert "monitor does not answer" in NestedHost(tmp_path, tmp_path).last_words()
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.bind(str(tmp_path / "monitor"))
+        monitor.listen()
+        ending = threading.Thread(target=lambda: monitor.accept()[0].close())
+        ending.start()
+        assert "monitor does not answer: QEMU has ended" in NestedHost(tmp_path, tmp_path).last_words()
+        ending.join()
 
 
 def test_a_cpu_without_a_pulse_is_named(tmp_path, monkeypatch):
@@ -132,6 +139,7 @@ def test_a_cpu_without_a_pulse_is_named(tmp_path, monkeypatch):
     pulse = Pulse(os.getpid())
     pulse.threads = tmp_path
     monkeypatch.setattr(nested, "STILL_SECONDS", 0)
+    monkeypatch.setattr(nested, "LOOK_SECONDS", 0)
     for spent in (1, 2, 3):
         beat("10", "qemu-system-x86", 0)                # which may sleep as long as it likes
         beat("11", "CPU 0/TCG", spent)
