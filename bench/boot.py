@@ -20,7 +20,7 @@ from bench._guests import QBOOT, find_kernel, ours, parser_of, peer
 from bench._program import ROOT
 from bench.exits import host
 
-GOAL = 0.4
+PARTS = (("to /init", 0.4), ("to its end", 0.5))     # and the ratio to microvm that each shall have at most
 RESET = 3                                            # exit status of a run whose guest reset itself
 
 
@@ -79,9 +79,9 @@ def main(arguments: list[str]) -> None:
 def show(times: dict[str, list[tuple[float, float]]], options) -> None:
     print(f"\nBoot: {Path(options.kernel).name}, {options.memory} MiB, one vCPU")
     print(f"host: {host()}")
-    print(f"method: medians of {options.rounds} rounds in turns, since the process started; goal: ratio to microvm <= {GOAL}")
-    for part, what in enumerate(("to /init", "to its end")):
-        print(f"\n{what}")
+    print(f"method: medians of {options.rounds} rounds in turns, since the process started")
+    for part, (what, goal) in enumerate(PARTS):
+        print(f"\n{what}; goal: ratio to microvm <= {goal}")
         show_times({name: [one[part] for one in all_of_it] for name, all_of_it in times.items()})
 
 
