@@ -54,12 +54,10 @@ def lock_whole(fd: int, *, exclusive: bool) -> None:
 
 
 def holders(path: str) -> list[tuple[int, str]]:
-    """(pid, what it calls itself) of the other processes that hold a lock on the file, as far as we may look."""
+    """(pid, what it calls itself) of the processes that hold a lock on the file, as far as we may look."""
     wanted = os.stat(path)
     found = []
     for process in Path("/proc").glob("[0-9]*"):
-        if int(process.name) == os.getpid():
-            continue
         try:
             if any(holds_lock(process, fd, wanted) for fd in os.listdir(process / "fd")):
                 found.append((int(process.name), command(process)))

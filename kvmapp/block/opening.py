@@ -8,6 +8,7 @@ import errno
 import os
 import pwd
 import stat
+import time
 from typing import TYPE_CHECKING
 
 from kvmapp.block.locks import Locked, holders, lock
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISCHR, "a character device"), (stat.S_ISFIFO, "a named pipe"),
          (stat.S_ISSOCK, "a socket"))
+
+DYING_SECONDS = 2.0
 
 
 def open_disk(config: DiskConfig, fd: int | None = None) -> RawDisk:
@@ -34,7 +37,24 @@ def open_disk(config: DiskConfig, fd: int | None = None) -> RawDisk:
 
 
 def open_image(name: str, path: str, *, read_only: bool = False, shared: bool = False) -> int:
-    """A descriptor of the image file or block device, locked. `shared`: others may write to it at the same time."""
+    """A descriptor of the image file or block device, locked. `shared`: others may write to it at the same time.
+
+    What a killed process had open goes a moment after it, when the kernel has ended its I/O: a lock that nobody holds is waited for.
+    """
+    deadline = None
+    while True:
+        try:
+            return open_and_lock(name, path, read_only=read_only, shared=shared)
+        except Locked:
+            now = time.monotonic()
+            if deadline is None:
+                deadline = now if holders(path) else now + DYING_SECONDS
+            if now >= deadline:
+                raise in_use(name, path, read_only) from None
+            time.sleep(DYING_SECONDS / 100)
+
+
+def open_and_lock(name: str, path: str, *, read_only: bool, shared: bool) -> int:
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     try:
         status = os.stat(path)
@@ -50,7 +70,7 @@ def open_image(name: str, path: str, *, read_only: bool = False, shared: bool = 
         lock(fd, read_only=read_only, shared=shared)
     except Locked:
         os.close(fd)
-        raise in_use(name, path, read_only) from None
+        raise
     except OSError as error:
         os.close(fd)
         raise refusal(name, path, f"it cannot be locked: {error.strerror}") from None
@@ -62,7 +82,7 @@ def refusal(name: str, path: str, what: str, hint: str | None = None) -> GuestIm
 
 
 def in_use(name: str, path: str, read_only: bool) -> GuestImageError:
-    who = ", ".join(f"{pid} ({command})" for pid, command in holders(path))
+    who = ", ".join(f"{pid} ({command})" for pid, command in holders(path) if pid != os.getpid())
     how = "written to" if read_only else "used"
     return refusal(name, path, f"it is being {how} by process {who}" if who else f"it is being {how} by another process",
                    "only guests that all have it readonly can share a disk")

@@ -2,6 +2,7 @@
 import gc
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from kvmapp.block import opening
 from kvmapp.block.opening import open_disk, open_image
 from kvmapp.block.session import DiskSession
 from kvmapp.errors import GuestImageError
@@ -119,7 +121,43 @@ def test_two_writers_are_kept_apart_and_the_holder_is_named(image):
     open_disk(section(image)).close()
 
 
-def test_one_process_does_not_open_a_disk_twice_either(image):
+@pytest.fixture
+def ownerless_lock(image):
+    """The image is locked by a descriptor that no process has any more: it is on its way. A call lets it go."""
+    mine, other = socket.socketpair()
+    fd = open_image("vdb", str(image))
+    socket.send_fds(mine, [b"x"], [fd])
+    os.close(fd)
+
+    def let_go():
+        _, fds, _, _ = socket.recv_fds(other, 1, 1)
+        for received in fds:
+            os.close(received)
+
+    with mine, other:
+        yield let_go
+
+
+def test_a_lock_that_a_killed_process_leaves_for_a_moment_is_waited_for(image, ownerless_lock, monkeypatch):
+    """The kernel ends its I/O after it."""
+    waits = []
+
+    def wait(seconds):
+        waits.append(seconds)
+        ownerless_lock()
+
+    monkeypatch.setattr(opening.time, "sleep", wait)
+    open_disk(section(image)).close()
+    assert len(waits) == 1
+
+
+def test_a_lock_of_nobody_that_stays_is_told(image, ownerless_lock, monkeypatch):
+    monkeypatch.setattr(opening, "DYING_SECONDS", 0.05)
+    assert "it is being used by another process" in refused(image)
+
+
+def test_one_process_does_not_open_a_disk_twice_either(image, monkeypatch):
+    monkeypatch.setattr(opening.time, "sleep", lambda seconds: pytest.fail("it waits for itself"))
     with open_disk(section(image)):
         assert "it is being used by another process" in refused(image)
     with open_disk(section(image, readonly=True)), open_disk(section(image, readonly=True)):
