@@ -24,6 +24,10 @@ KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISCHR, "a character device"), (s
 DYING_SECONDS = 2.0
 
 
+class Claimed(Locked):
+    """A block device that somebody has for himself alone: another guest, or the host, which has it mounted or in LVM or RAID."""
+
+
 def open_disk(config: DiskConfig, fd: int | None = None) -> RawDisk:
     """The disk of this section. `fd`: its file, already opened and locked; taken over. Raises GuestImageError, HostError."""
     if fd is None:
@@ -39,18 +43,18 @@ def open_disk(config: DiskConfig, fd: int | None = None) -> RawDisk:
 def open_image(name: str, path: str, *, read_only: bool = False, shared: bool = False) -> int:
     """A descriptor of the image file or block device, locked. `shared`: others may write to it at the same time.
 
-    What a killed process had open goes a moment after it, when the kernel has ended its I/O: a lock that nobody holds is waited for.
+    What a killed process had open goes a moment after it, when the kernel has ended its I/O: what nobody is seen to hold is waited for.
     """
     deadline = None
     while True:
         try:
             return open_and_lock(name, path, read_only=read_only, shared=shared)
-        except Locked:
+        except Locked as error:
             now = time.monotonic()
             if deadline is None:
                 deadline = now if holders(path) else now + DYING_SECONDS
             if now >= deadline:
-                raise in_use(name, path, read_only) from None
+                raise in_use(name, path, error, read_only) from None
             time.sleep(DYING_SECONDS / 100)
 
 
@@ -62,9 +66,11 @@ def open_and_lock(name: str, path: str, *, read_only: bool, shared: bool) -> int
             if is_kind(status.st_mode):
                 raise refusal(name, path, f"it is {kind}", "a disk is an image file or a block device")
         if stat.S_ISBLK(status.st_mode) and not read_only and not shared:
-            flags |= os.O_EXCL                      # refused while the host has it mounted, or in LVM or RAID
+            flags |= os.O_EXCL
         fd = os.open(path, flags)
     except OSError as error:
+        if error.errno == errno.EBUSY and flags & os.O_EXCL:
+            raise Claimed from None
         raise refusal(name, path, error.strerror or str(error), reason(error, path, read_only)) from None
     try:
         lock(fd, read_only=read_only, shared=shared)
@@ -81,8 +87,11 @@ def refusal(name: str, path: str, what: str, hint: str | None = None) -> GuestIm
     return GuestImageError(f"Cannot open disk '{name}' ({path}): {what}", hint)
 
 
-def in_use(name: str, path: str, read_only: bool) -> GuestImageError:
-    who = ", ".join(f"{pid} ({command})" for pid, command in holders(path) if pid != os.getpid())
+def in_use(name: str, path: str, why: Locked, read_only: bool) -> GuestImageError:
+    found = holders(path)
+    if isinstance(why, Claimed) and not found:
+        return refusal(name, path, os.strerror(errno.EBUSY), "the host itself uses the device: unmount it, or take it out of LVM or RAID")
+    who = ", ".join(f"{pid} ({command})" for pid, command in found if pid != os.getpid())
     how = "written to" if read_only else "used"
     return refusal(name, path, f"it is being {how} by process {who}" if who else f"it is being {how} by another process",
                    "only guests that all have it readonly can share a disk")
@@ -97,7 +106,6 @@ def reason(error: OSError, path: str, read_only: bool) -> str | None:
         return f"there is no folder {missing}" if missing else f"make it first: truncate -s 20G {path}"
     return {
         errno.EROFS: "set readonly = yes",
-        errno.EBUSY: "the host itself uses the device: unmount it, or take it out of LVM or RAID",
         errno.ENXIO: "the device has no medium, or is gone",
         errno.ENOMEDIUM: "insert a medium",
         errno.ETXTBSY: "the host uses it as swap, or runs it",

@@ -202,12 +202,28 @@ def test_a_read_only_device_opens_read_only(loop):
 
 
 @pytest.mark.parametrize("loop", [[]], indirect=True)
-def test_a_device_that_somebody_else_claims_is_left_alone(loop):
+def test_a_device_that_somebody_else_claims_is_left_alone(loop, monkeypatch):
+    monkeypatch.setattr(opening, "DYING_SECONDS", 0.05)
     claim = os.open(loop, os.O_RDWR | os.O_EXCL)             # as a mount does
-    assert "the host itself uses the device" in refused(loop)
+    assert "busy | the host itself uses the device" in refused(loop)
     os.close(claim)
     with open_disk(section(loop)), pytest.raises(OSError, match="busy"):
         os.close(os.open(loop, os.O_RDWR | os.O_EXCL))
+
+
+@pytest.mark.parametrize("loop", [[]], indirect=True)
+def test_a_device_that_a_killed_process_leaves_in_a_moment_is_waited_for(loop, monkeypatch):
+    claim = os.open(loop, os.O_RDWR | os.O_EXCL)
+    monkeypatch.setattr(opening.time, "sleep", lambda seconds: os.close(claim))
+    open_disk(section(loop)).close()
+
+
+@pytest.mark.parametrize("loop", [[]], indirect=True)
+def test_a_device_of_another_guest_is_said_to_be_that(loop, monkeypatch):
+    """At once, and not that the host had it mounted."""
+    monkeypatch.setattr(opening.time, "sleep", lambda seconds: pytest.fail("it waits for a guest that runs"))
+    with open_disk(section(loop)):
+        assert "it is being used by another process" in refused(loop)
 
 
 @pytest.mark.parametrize("loop", [["-b", "4096"]], indirect=True)
