@@ -63,7 +63,7 @@ class Autostart:
     async def start_all(self) -> None:
         for domain in self.in_order():
             config = domain.config
-            missing = await self.missing_of(config) if config else []
+            missing = await self.missing_of(domain, config) if config else []
             if missing:
                 self.wait_for(domain, missing)
             elif config and await self.start_one(domain):
@@ -85,10 +85,14 @@ class Autostart:
                   and domain.config and not domain.active]
         return sorted(marked, key=lambda domain: (domain.config.autostart_order if domain.config else 0, domain.name))
 
-    async def missing_of(self, config: DomainConfig) -> list[str]:
+    async def missing_of(self, domain: Domain, config: DomainConfig) -> list[str]:
+        """What its start has to wait for, somebody's job on it too: that may be the start itself."""
         networks = self.supervisor.networks
-        return await asyncio.to_thread(what_is_missing, config) + [
-            f"network {card.source}" for card in config.interfaces if card.type == "network" and not networks.is_active(card.source)]
+        missing = await asyncio.to_thread(what_is_missing, config)
+        missing += [f"network {card.source}" for card in config.interfaces
+                    if card.type == "network" and not networks.is_active(card.source)]
+        job = domain.jobs.current
+        return missing + ([f"job '{job.verb}' of {job.who}"] if job else [])
 
     def wait_for(self, domain: Domain, missing: list[str]) -> None:
         log.info("autostart: domain '%s' waits for %s", domain.name, ", ".join(missing))
@@ -102,7 +106,7 @@ class Autostart:
             if domain.active or config is None or name not in self.supervisor.store.autostarted:
                 self.stop_waiting(name)
                 continue
-            missing = await self.missing_of(config)
+            missing = await self.missing_of(domain, config)
             if not missing:
                 self.stop_waiting(name)
                 if await self.start_one(domain):

@@ -1,5 +1,12 @@
 """Domains that start with the host: in their order, once a boot, and when their disks are there."""
+import asyncio
 import os
+from types import SimpleNamespace
+from typing import Any
+
+from kvmapp.config import DomainConfig
+from kvmapp.daemon.autostart import Autostart
+from kvmapp.daemon.jobs import Jobs
 
 
 def test_autostart_in_order_once_a_boot(host):
@@ -37,3 +44,18 @@ def test_autostart_waits_for_a_disk_and_says_so(host, tmp_path):
     image.write_bytes(b"\0" * 512)
     host.eventually(lambda: host.states()["waits"] == "running")
     assert host.domain("waits")["waiting"] is None
+
+
+def test_autostart_waits_for_somebodys_job(tmp_path):
+    """Such as a start by hand: the domain is not said to have failed."""
+    domain: Any = SimpleNamespace(jobs=Jobs("web", lambda job, begins: None))
+    supervisor: Any = SimpleNamespace(paths=SimpleNamespace(run=str(tmp_path)), networks=None)
+    waiting = Autostart(supervisor)
+
+    async def look():
+        with domain.jobs.hold("start", "ann"):
+            during = await waiting.missing_of(domain, config)
+        return during, await waiting.missing_of(domain, config)
+
+    config = DomainConfig.from_dict({"name": "web", "memory": 64 << 20})
+    assert asyncio.run(look()) == (["job 'start' of ann"], [])
