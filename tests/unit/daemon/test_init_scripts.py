@@ -161,6 +161,19 @@ def test_guests_that_outlived_the_daemon_are_shut_down_too(guests, shell, tmp_pa
     assert "  web: shut down\n" in said
 
 
+@each_shell
+def test_what_ran_is_not_forgotten_while_the_daemon_does_not_answer(guests, shell, tmp_path):
+    Path(guests["KVMAPPCTL"]).write_text("#!/bin/sh\necho 'error: failed to connect to the hypervisor' >&2\nexit 1\n")
+    guests["KVMAPP_GUESTS_DOMAINS"] = str(tmp_path / "domains")
+    ran = tmp_path / "state" / "ran"
+    ran.parent.mkdir()
+    ran.write_text("web\n")
+    status, said, complaint = run(shell, "kvmapp-guests", "start", **guests)
+    assert (status, said) == (0, "") and "the daemon does not answer; once it runs: " in complaint
+    assert run(shell, "kvmapp-guests", "stop", **guests) == (0, "", "")
+    assert ran.read_text() == "web\n"
+
+
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", ["kvmapp", "kvmapp-guests"])
 def test_shellcheck(script):
