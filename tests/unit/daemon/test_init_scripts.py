@@ -174,6 +174,14 @@ def test_what_ran_is_not_forgotten_while_the_daemon_does_not_answer(guests, shel
     assert ran.read_text() == "web\n"
 
 
+def test_no_unit_is_stopped_with_the_daemon():
+    """systemd.unit(5): Requires= and its stronger kin hand on a stop and a restart; of kvmapp-guests that is the end of every guest."""
+    for unit in (ROOT / "init/systemd").iterdir():
+        for line in unit.read_text().splitlines():
+            key, _, others = line.partition("=")
+            assert key not in ("Requires", "Requisite", "BindsTo", "PartOf") or "kvmapp.service" not in others, (unit.name, line)
+
+
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 @pytest.mark.parametrize("script", ["kvmapp", "kvmapp-guests"])
 def test_shellcheck(script):
