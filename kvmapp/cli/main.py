@@ -49,8 +49,9 @@ GLOBAL_OPTIONS = (
 
 def run(words: list[str]) -> NoReturn:
     """The process's whole work; what Python would tidy up at its end, the kernel does faster."""
-    if sys.stdout is None:                  # closed by whoever called us
-        sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:      # closed by whoever called us; no socket of ours may take its place
+            setattr(sys, name, open("/dev/null", mode))  # noqa: SIM115
     posix._exit(main(words))
 
 

@@ -104,6 +104,17 @@ def test_output_that_cannot_be_written(daemon):
     assert (closed.returncode, closed.stderr) == (0, "")
 
 
+def test_nobody_to_complain_to_and_nothing_to_read(daemon):
+    """Some starters of programs close standard input and error; what was asked for is done all the same."""
+    words = [*KVMAPPCTL, "-c", daemon.uri]
+    daemon.answers["POST", "/v1/domains/linuxvm03/start"] = {"domain": daemon.domains["linuxvm03"], "warnings": ["it is slow"]}
+    silent = subprocess.run(["sh", "-c", '"$@" start linuxvm03 2>&-', "sh", *words], capture_output=True, text=True, check=False)
+    assert (silent.returncode, silent.stdout, silent.stderr) == (0, "Domain linuxvm03 started\n\n", "")
+    assert daemon.requests[-1][:2] == ("POST", "/v1/domains/linuxvm03/start")
+    shell = subprocess.run(["sh", "-c", '"$@" <&-', "sh", *words], capture_output=True, text=True, check=False)
+    assert (shell.returncode, shell.stdout, shell.stderr) == (0, "", "")
+
+
 def test_what_the_system_refuses_is_an_error(daemon, ctl, tmp_path, monkeypatch):
     folder = tmp_path / "gone"
     folder.mkdir()
