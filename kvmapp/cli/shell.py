@@ -24,6 +24,8 @@ HISTORY_LENGTH = 500
 def interact(session) -> int:
     """Reads and runs commands until the end; the exit status."""
     session.interactive = os.isatty(0)
+    # A line that is no text is a command that nobody knows, as among the words of a command line.
+    sys.stdin.reconfigure(errors="surrogateescape")     # type: ignore[union-attr]
     if not session.interactive:
         return serve(session, sys.stdin)
     if not session.quiet:

@@ -96,6 +96,13 @@ def test_lines_from_a_pipe(daemon):
     assert done.stderr.startswith("error: unknown command: 'nosuch'\n")
 
 
+def test_a_line_that_is_no_text_does_not_end_the_others(daemon):
+    done = subprocess.run(KVMAPPCTL, input=b"domid gr\xf6sse\ndomid web\n", capture_output=True, check=False,
+                          env={**os.environ, "KVMAPP_DEFAULT_URI": daemon.uri, "PYTHONIOENCODING": "utf-8:strict"})
+    assert (done.returncode, done.stdout) == (0, b"\n3\n\n")
+    assert done.stderr.startswith(b"error: failed to get domain 'gr")
+
+
 # Completion
 
 @pytest.fixture
