@@ -47,12 +47,12 @@ def vcpucount(session, given):
     if given.live and one["id"] is None:
         raise DomainNotRunning("Requested operation is not valid: domain is not running")
     counts = {}
-    if one["persistent"] and not (given.live or (given.current and one["id"] is not None)):
+    if (one["persistent"] or given.config) and not (given.live or (given.current and one["id"] is not None)):
         counts["config"] = config_of(session, given.domain, inactive=True)["vcpus"]
     if one["id"] is not None and not given.config:
         counts["live"] = one["vcpus"]
     if given.maximum or given.active or given.live or given.config or given.current:
-        text = "".join(f"{count}\n" for count in list(counts.values())[:1])
+        text = "".join(f"{count}\n" for count in list(counts.values())[-1:])       # of the running domain, if there is one
     else:
         text = "".join(f"{what:<12} {where:<12} {count:>3}\n" for what in ("maximum", "current") for where, count in counts.items())
     session.answer(counts, text)

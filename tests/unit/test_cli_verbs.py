@@ -13,6 +13,7 @@ from kvmapp.errors import (
     DomainRunning,
     GuestIgnored,
     JobRunning,
+    KvmappError,
 )
 from kvmapp.ini import Ini
 from tests.unit.canned_daemon import UUID, config_answer, domain, stats
@@ -306,6 +307,18 @@ def test_vcpuinfo(daemon, ctl):
         "VCPU:           0\nCPU:            1\nState:          running\nCPU time:       1.5s\nCPU Affinity:   yy-y\n\n"
         "VCPU:           1\nCPU:            N/A\nState:          N/A\nCPU time:       N/A\nCPU Affinity:   yyyy\n\n")
     assert "CPU Affinity:   0-1,3 (out of 4)\n" in ctl("vcpuinfo", "1", "--pretty")[1]
+
+
+def test_vcpucount(daemon, ctl):
+    """linuxvm01 runs with two, and its file has got three; a bare --active or --maximum is of what runs, as in virsh."""
+    daemon.answers["GET", "/v1/domains/1/config"] = config_answer(vcpus=3)
+    assert ctl("vcpucount", "1")[1] == ("maximum      config         3\nmaximum      live           2\n"
+                                        "current      config         3\ncurrent      live           2\n\n")
+    for words, count in (("--active", 2), ("--maximum", 2), ("--current", 2), ("--live", 2), ("--config", 3), ("--maximum --config", 3)):
+        assert ctl("vcpucount", "1", *words.split(" ")) == (0, f"{count}\n\n", "")
+    daemon.add(domain("linuxvm04", 4, persistent=False))
+    daemon.answers["GET", "/v1/domains/linuxvm04/config"] = KvmappError("Domain 'linuxvm04' is transient")
+    assert ctl("vcpucount", "linuxvm04", "--config") == (1, "\n", "error: Domain 'linuxvm04' is transient\n")
 
 
 def test_wait(daemon, ctl):
