@@ -1,7 +1,7 @@
 """event: what happens to domains, as it happens, one line each as virsh prints them."""
 from __future__ import annotations
 
-from kvmapp.cli.table import NUMBER, flag, value, verb
+from kvmapp.cli.table import SECONDS, flag, value, verb
 from kvmapp.client import of
 from kvmapp.errors import NoResponse, UsageError
 
@@ -13,7 +13,7 @@ KINDS = ("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-br
       value("domain", "to this one only", named=True, complete="domain"),
       value("event", "which kind to wait for", complete="event"), flag("all", "wait for every kind"),
       flag("loop", "go on until the time is out or Ctrl-C, not only to the first one"),
-      value("timeout", "for so many seconds", kind=NUMBER), flag("list", "list the kinds"), flag("timestamp", "print the time, too"),
+      value("timeout", "for so many seconds", kind=SECONDS), flag("list", "list the kinds"), flag("timestamp", "print the time, too"),
       exclusive=(("all", "event"), ("list", "all"), ("list", "event")))
 def event(session, given):
     if given.list:
@@ -50,7 +50,7 @@ def stream(session, given, domain: str | None):
     session.disconnect()
     daemon = session.daemon
     end = None if given.timeout is None else time.monotonic() + given.timeout
-    daemon.timeout = given.timeout or None
+    daemon.timeout = given.timeout
     try:
         for one in daemon.events(domain=domain, event=given.event):
             yield one

@@ -9,7 +9,7 @@ Everything is read before anything runs. Left out: single letters for options of
 from __future__ import annotations
 
 from kvmapp.cli.index import MODULES, find
-from kvmapp.cli.table import FLAG, METAVARS, NUMBER, SIZE, Given, Option, Verb
+from kvmapp.cli.table import FLAG, METAVARS, NUMBER, SECONDS, SIZE, Given, Option, Verb
 from kvmapp.errors import UsageError
 
 TYPE_CHECKING = False
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Call = tuple[Verb, Given]
 
 NUMBER_LIMIT = 1 << 63
+SECONDS_MOST = ((1 << 31) - 1) // 1000      # virsh counts its timeouts in milliseconds, in an int; what waits here cannot do with more
 
 
 def parse_words(words: list[str]) -> list[Call]:
@@ -143,9 +144,9 @@ def converted(option: Option, text: str) -> Any:
     """The text as the kind that the option wants."""
     if option.kind == SIZE:
         return size(option, text)
-    if option.kind == NUMBER:
+    if option.kind in (NUMBER, SECONDS):
         number = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else NUMBER_LIMIT
-        if number >= NUMBER_LIMIT:
+        if number >= NUMBER_LIMIT or (option.kind == SECONDS and not 0 < number <= SECONDS_MOST):
             raise UsageError(f"Numeric value '{text}' for <{option.name}> option is malformed or out of range")
         return number
     if option.required and not text:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     Run = Callable[[Any, Any], "int | None"]
 
-FLAG, TEXT, NUMBER, SIZE = "flag", "text", "number", "size"
-METAVARS = {TEXT: "string", NUMBER: "number", SIZE: "number"}
+FLAG, TEXT, NUMBER, SECONDS, SIZE = "flag", "text", "number", "seconds", "size"
+METAVARS = {TEXT: "string", NUMBER: "number", SECONDS: "number", SIZE: "number"}
 
 
 class Option:

@@ -8,7 +8,7 @@ import os
 import time
 
 from kvmapp.cli import render
-from kvmapp.cli.table import NUMBER, flag, value, verb
+from kvmapp.cli.table import NUMBER, SECONDS, flag, value, verb
 from kvmapp.errors import UsageError
 
 TITLES = ("Id", "Name", "State", "CPU%", "Memory", "Exits/s", "Rd B/s", "Wr B/s", "Rx B/s", "Tx B/s")
@@ -47,14 +47,14 @@ def total(parts: list[dict], key: str) -> int:
 
 
 @verb("top", "what the running domains do, second by second",
-      value("delay", "seconds between two turns (default 2)", kind=NUMBER, short="d", named=True),
+      value("delay", "seconds between two turns (default 2)", kind=SECONDS, short="d", named=True),
       value("iterations", "end after so many turns", kind=NUMBER, short="n", named=True),
       value("sort", "in this order (default cpu)", choices=tuple(ORDERS), named=True, short="s"),
       flag("batch", "plain text, as in a pipe", short="b"),
       text="The first turn shows rates since the start of the command. CPU% is of one host CPU: two busy vCPUs are 200. q ends it.")
 def top(session, given):
-    if given.delay == 0 or given.iterations == 0:
-        raise UsageError("--delay and --iterations are numbers from 1")
+    if given.iterations == 0:
+        raise UsageError("--iterations is a number from 1")
     screen = Screen(session) if not (given.batch or session.json) and session.sink.isatty() and os.isatty(0) else Paper(session)
     before = measure(session, {})
     turns = 0
