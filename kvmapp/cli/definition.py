@@ -129,13 +129,15 @@ def desc(session, given):
         text = described(session, given, what)
         session.answer({what: text or None}, text or f"No {what} for domain: {given.domain}")
         return
+
+    def save(text: str) -> dict:
+        return session.daemon.post(of(given.domain, "description"), **{what: text or None, **scope(given)})
     if given.edit:
         from kvmapp.cli.editing import edit_text
-        text = edit_text(described(session, given, what), given.domain).strip("\n")
+        changed = edit_text(described(session, given, what), given.domain, lambda text: save(text.strip("\n")))
     else:
-        text = " ".join(given.new_desc)
-    request = {what: text or None, **scope(given)}
-    session.done(session.daemon.post(of(given.domain, "description"), **request), f"Domain {what} updated successfully")
+        changed = save(" ".join(given.new_desc))
+    session.done(changed, f"Domain {what} updated successfully")
 
 
 def described(session, given, what: str) -> str:

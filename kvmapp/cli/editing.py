@@ -11,6 +11,10 @@ from kvmapp.cli.table import domain, flag, verb
 from kvmapp.client import of
 from kvmapp.errors import HostError, KvmappError
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 QUESTION = "Try again? [y(es), n(o)]: "
 
 
@@ -55,13 +59,16 @@ def wants_again(session, error: KvmappError) -> bool:
     return os.read(0, 100).strip().lower() in (b"y", b"yes")
 
 
-def edit_text(text: str, name: str) -> str:
-    """A text of no file, in the editor."""
+def edit_text(text: str, name: str, save: Callable[[str], dict]) -> dict:
+    """A text of no file, in the editor; what `save` made of it. A text that is not taken stays in a file."""
     path = new_file(f"{name.replace('/', '_')[:64]}.", text)
+    edited = edit_file(path)
     try:
-        return edit_file(path)
-    finally:
-        os.unlink(path)
+        saved = save(edited)
+    except KvmappError as error:
+        raise kept_at(error, path) from None
+    os.unlink(path)
+    return saved
 
 
 def new_file(prefix: str, text: str) -> str:

@@ -76,6 +76,17 @@ def test_desc_in_an_editor(daemon, ctl, monkeypatch):
     assert daemon.requests[-1] == ("POST", "/v1/domains/linuxvm03/description", {"description": "new words", "config": True})
 
 
+@pytest.mark.parametrize(("editor", "kept"), [("sed -i s/old/new/", "new words\n"), ("sed -i s/old/mad/ $1; false", "mad words\n")])
+def test_desc_keeps_a_text_that_is_not_taken(daemon, ctl, monkeypatch, editor, kept):
+    daemon.answers["GET", "/v1/domains/linuxvm03/config"] = config_answer(description="old words\n")
+    daemon.answers["POST", "/v1/domains/linuxvm03/description"] = ConfigError("description = ...: expected at most 4096 bytes")
+    monkeypatch.setenv("VISUAL", editor)
+    status, _, err = ctl("desc", "linuxvm03", "--edit")
+    place = Path(err.partition("your text is kept in ")[2].strip())
+    assert status == 1 and place.read_text() == kept
+    place.unlink()
+
+
 def test_edit_saves_what_the_editor_left(daemon, ctl, monkeypatch):
     daemon.answers["GET", "/v1/domains/linuxvm03/config"] = config_answer("vcpus = 1\n")
     daemon.answers["PUT", "/v1/domains/linuxvm03/config"] = {"domain": daemon.domains["linuxvm03"], "created": False, "made": [],
