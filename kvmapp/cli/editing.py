@@ -56,7 +56,11 @@ def wants_again(session, error: KvmappError) -> bool:
     session.complain_of(error)
     session.error_sink.write(QUESTION)
     session.error_sink.flush()
-    return os.read(0, 100).strip().lower() in (b"y", b"yes")
+    try:
+        return os.read(0, 100).strip().lower() in (b"y", b"yes")
+    except KeyboardInterrupt:                               # a no, by who still wants to know where the text is
+        session.error_sink.write("\n")
+        return False
 
 
 def edit_text(text: str, name: str, save: Callable[[str], dict]) -> dict:
@@ -81,10 +85,18 @@ def new_file(prefix: str, text: str) -> str:
 
 def edit_file(path: str) -> str:
     """What the file holds when the editor has ended. Raises HostError."""
+    import signal
     import subprocess
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi"
     # As a shell reads it, so that EDITOR="emacs -nw" is what the user means; the path is an argument of its own.
-    done = subprocess.run(["/bin/sh", "-c", f'{editor} "$1"', "editor", path], check=False)
+    # Keys that interrupt are the editor's: vi leaves its insert mode by one. We and the shell go on waiting; what one handles, and
+    # does not ignore, is at its default in its children.
+    kept = [(number, signal.signal(number, lambda *_: None)) for number in (signal.SIGINT, signal.SIGQUIT)]
+    try:
+        done = subprocess.run(["/bin/sh", "-c", f'trap : INT QUIT; {editor} "$1"', "editor", path], check=False)
+    finally:
+        for number, handler in kept:
+            signal.signal(number, handler)
     if done.returncode == 127:
         raise kept_at(HostError(f"The editor '{editor}' cannot be run", "set VISUAL or EDITOR to one that is installed"), path)
     if done.returncode:

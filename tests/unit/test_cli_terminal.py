@@ -328,6 +328,37 @@ def test_edit_goes_back_into_a_rejected_text(terminal, daemon, tmp_path):
         assert screen.status() == 0
 
 
+def test_an_interrupt_is_the_editors_own(terminal, daemon, tmp_path):
+    """Ctrl-C within vi ends its insert mode; it must end neither vi nor us."""
+    daemon.answers["GET", "/v1/domains/linuxvm02/config"] = {**CONFIG, "text": "vcpus = 1\n", "digest": "d"}
+    daemon.answers["PUT", "/v1/domains/linuxvm02/config"] = {"domain": daemon.domains["linuxvm02"], "created": False, "made": [],
+                                                             "warnings": []}
+    editor = tmp_path / "editor"
+    editor.write_text("#!/bin/sh\ntrap 'echo interrupted' INT\necho ready\nuntil [ \"$line\" ]; do read line; done\n"
+                      "echo \"vcpus = $line\" >$1\n")
+    editor.chmod(0o755)
+    with terminal("edit", "linuxvm02", VISUAL=str(editor)) as screen:
+        screen.expect("ready")
+        screen.type("\x03")
+        screen.expect("interrupted")
+        screen.type("2\r")
+        screen.expect("Domain linuxvm02 configuration edited.")
+        assert screen.status() == 0
+    assert daemon.requests[-1][2]["text"] == "vcpus = 2\n"
+
+
+def test_who_leaves_at_the_question_is_told_where_the_text_is(terminal, daemon):
+    daemon.answers["GET", "/v1/domains/linuxvm02/config"] = {**CONFIG, "text": "vcpus = 1\n", "digest": "d"}
+    daemon.answers["PUT", "/v1/domains/linuxvm02/config"] = ConfigError("vcpus = 900: no", file="/f", line=1)
+    with terminal("edit", "linuxvm02", VISUAL="sed -i s/1/900/") as screen:
+        screen.expect("Try again? [y(es), n(o)]: ")
+        screen.type("\x03")
+        screen.expect("hint: your text is kept in ")
+        kept = Path(screen.expect("\r\n").strip())
+        assert kept.read_text() == "vcpus = 900\n" and screen.status() == 1
+    kept.unlink()
+
+
 def test_top_on_a_terminal(terminal, daemon):
     turn = iter(range(1, 1000))
     daemon.answers["GET", "/v1/stats"] = lambda *_: {"domains": [stats("linuxvm01", time=float(next(turn)))]}
