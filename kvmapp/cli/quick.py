@@ -76,7 +76,8 @@ class Quick:
 
     def __init__(self, listener: socket.socket, leash: int):
         self.listener, self.leash = listener, leash
-        self.callers: dict[int, tuple[socket.socket, int]] = {}         # descriptor → connection and the child's pid
+        # Both descriptors of a call → its connection, the read end of a pipe that ends when the child does, and the child's pid.
+        self.callers: dict[int, tuple[socket.socket, int, int]] = {}
         self.poll = select.poll()
         for descriptor in (listener.fileno(), leash):
             self.poll.register(descriptor, select.POLLIN)
@@ -98,23 +99,33 @@ class Quick:
             caller, _ = self.listener.accept()
         except OSError:
             return
+        ends: tuple[int, ...] = ()
         try:
+            ends = os.pipe()
             pid = os.fork()
         except OSError:
+            for end in ends:
+                os.close(end)
             with suppress(OSError):
                 caller.sendall(NUMBERS.pack(DECLINED, 0))
             caller.close()
             return
         if pid == 0:
             live(self, caller)
-        self.callers[caller.fileno()] = caller, pid
+        alive, theirs = ends
+        os.close(theirs)
+        self.callers[caller.fileno()] = self.callers[alive] = caller, alive, pid
         self.poll.register(caller, select.POLLRDHUP)
+        self.poll.register(alive, select.POLLIN)
 
     def end_call(self, descriptor: int) -> None:
         """Either the child is through, or its caller has gone."""
-        self.poll.unregister(descriptor)
-        caller, pid = self.callers.pop(descriptor)
+        caller, alive, pid = self.callers[descriptor]
+        for one in (caller.fileno(), alive):
+            self.poll.unregister(one)
+            del self.callers[one]
         caller.close()
+        os.close(alive)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         with suppress(ChildProcessError):

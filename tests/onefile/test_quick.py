@@ -138,6 +138,24 @@ def test_hostile_requests_hurt_nobody_else(request_, tree, run):
         assert call(tree, run, "list").stdout.startswith(b" Id ")
 
 
+def test_a_child_that_is_killed_leaves_nobody_waiting(tree, run):
+    """By the kernel for want of memory, say: it has no time to say farewell, and the warm process holds the caller's connection too."""
+    asked, gone = threading.Event(), threading.Event()
+
+    def wait(_query, _body):
+        asked.set()
+        gone.wait(60)
+        return DomainNotFound("too late")
+    run.daemon.answers["GET", "/v1/domains/linuxvm01/wait"] = wait
+    environment = {"KVMAPP_DEFAULT_URI": run.uri}
+    with subprocess.Popen([tree / "kvmappctl", "wait", "linuxvm01"], stderr=subprocess.PIPE, env=environment) as waiting:
+        assert asked.wait(60)
+        os.kill(int(Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text()), signal.SIGKILL)
+        assert b"error: The daemon closed the connection" in waiting.communicate(timeout=60)[1] and waiting.returncode == 1
+    gone.set()
+    assert call(tree, run, "list").stdout.startswith(b" Id ")
+
+
 def test_verbs_that_wait_do_not_hold_up_others_and_end_with_their_caller(tree, run):
     asked, gone = threading.Event(), threading.Event()
 
