@@ -10,6 +10,7 @@
 #include "launcher.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -45,6 +46,14 @@ void start(const char *tree, char **argv)
     setenv("_PYI_PARENT_PROCESS_LEVEL", AFTER_ITS_RESTART, 1);
     execv(path, argv);
     die("kvmapp setup lays it down again", "Cannot start %s: %s", path, strerror(errno));
+}
+
+/* Standard streams that the caller has closed are /dev/null: nothing that is opened later may take their numbers. */
+static void fill_streams(void)
+{
+    for (int fd = 0; fd <= 2; fd++)
+        if (fcntl(fd, F_GETFD) < 0)
+            (void)!open("/dev/null", O_RDWR);
 }
 
 /* The file that runs, or for a tree without /proc the folder that setup links to. */
@@ -87,6 +96,7 @@ int main(int argc, char **argv)
 {
     static char no_name[] = "kvmapp", *nothing[] = { no_name, NULL };
     char self[PATH_ROOM], tree[PATH_ROOM];
+    fill_streams();
     if (argc < 1)
         argv = nothing;
     const char *verb = argc > 1 ? argv[1] : "";

@@ -186,6 +186,10 @@ def test_full_and_closed_outputs(tree, run):
     os.close(reading)
     assert subprocess.run([tree / "kvmappctl", "list"], stdout=writing, env=environment, check=False).returncode == 141
     os.close(writing)
+    for closed in (">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-"):           # no connection takes their places
+        said = subprocess.run(["/bin/sh", "-c", f'"$1" domid nosuch {closed}; "$1" list {closed}', "sh", tree / "kvmappctl"],
+                              capture_output=True, env=environment, check=False)
+        assert (closed, said.returncode, said.stderr) == (closed, 0, b"" if "2" in closed else b"error: failed to get domain 'nosuch'\n")
 
 
 def test_the_quick_verbs_are_what_the_index_has():
