@@ -46,11 +46,15 @@ class Setup:
     """One run of setup. `say` prints a line for each thing that is done."""
 
     def __init__(self, root: str, say, prefix: str = "/usr"):
-        self.root, self.say, self.usr = os.path.abspath(root), say, prefix.strip("/")
-        self.commands = f"/{self.usr}/sbin"             # where init scripts find the program
-        self.library = f"{self.usr}/lib/kvmapp"
+        self.root, self.say = os.path.abspath(root), say
+        self.stand_below(prefix.strip("/"))
         self.noted: dict[str, str] = {}                 # path below root to the checksum of what we laid there
         self.failed = False
+
+    def stand_below(self, usr: str) -> None:
+        self.usr = usr
+        self.commands = f"/{usr}/sbin"                  # where init scripts find the program
+        self.library = f"{usr}/lib/kvmapp"
 
     @property
     def here(self) -> bool:
@@ -80,6 +84,8 @@ class Setup:
         self.read_manifest()
         if not self.noted:
             raise HostError(f"There is nothing to remove below {self.root}", f"setup notes what it lays down in {self.path(MANIFEST)}")
+        command = "/sbin/kvmapp"
+        self.stand_below(next((name.removesuffix(command) for name in self.noted if name.endswith(command)), self.usr))
         if self.here:
             self.disable()
         for name, checksum in sorted(self.noted.items()):

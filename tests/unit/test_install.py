@@ -101,6 +101,18 @@ def test_remove_takes_exactly_that_away(root, tmp_path):
         Setup(str(root), lambda line: None).remove()
 
 
+def test_remove_finds_what_stands_elsewhere(root):
+    """Nobody remembers --prefix when the time comes."""
+    Setup(str(root), lambda line: None, "/opt/local").install(False)
+    library = root / "opt/local/lib/kvmapp"
+    (library / "0.1.0-12345678/runtime/lib").mkdir(parents=True)
+    (library / "0.1.0-12345678/runtime/lib/identity").write_text("0.1.0-12345678\n")
+    (library / "current").symlink_to("0.1.0-12345678")
+    said: list[str] = []
+    Setup(str(root), said.append).remove()
+    assert f"removed {library}/0.1.0-12345678" in said and not library.exists()
+
+
 def test_remove_leaves_domains_disks_and_what_was_changed(root):
     setup(root)
     (root / "etc/kvmapp/domains/web.conf").write_text("name = web\nmemory = 64\n")
