@@ -4,9 +4,10 @@
     its groups, /usr/sbin/kvmapp
 
 What was laid down is noted with its checksum in /var/lib/kvmapp/installed.json. A file that somebody changed is never overwritten
-(the new one is laid beside it as NAME.new) and never removed; domains, disks and logs are never touched. Every step may be
-repeated: a setup that was killed is finished by the next one. The program comes first, in one step (laying.py): a daemon that runs is
-replaced, and guests run on under the version that started them. From source, a launcher leads to the checkout instead.
+(the new one is laid beside it as NAME.new) and never removed, and configuration that somebody removed stays away; domains, disks and
+logs are never touched. Every step may be repeated: a setup that was killed is finished by the next one. The program comes first, in one
+step (laying.py): a daemon that runs is replaced, and guests run on under the version that started them. From source, a launcher leads to
+the checkout instead.
 """
 from __future__ import annotations
 
@@ -186,6 +187,8 @@ class Setup:
         there = checksum_of(path)
         if there == checksum:
             self.note(name, checksum)
+        elif there is None and name in self.noted and name.startswith("etc/kvmapp/"):
+            self.say(f"left out {path}, which was removed")
         elif there is None or there == self.noted.get(name):
             try:
                 self.write(path, content, mode)

@@ -113,6 +113,17 @@ def test_remove_finds_what_stands_elsewhere(root):
     assert f"removed {library}/0.1.0-12345678" in said and not library.exists()
 
 
+def test_configuration_that_was_removed_stays_away(root):
+    """The administrator undefined the network; an upgrade is no reason to have it again. A program or page comes back."""
+    setup(root)
+    (root / "etc/kvmapp/networks/default.conf").unlink()
+    (root / "usr/share/man/man1/kvmappctl.1").unlink()
+    assert setup(root) == [f"left out {root}/etc/kvmapp/networks/default.conf, which was removed",
+                           f"wrote {root}/usr/share/man/man1/kvmappctl.1"]
+    Setup(str(root), lambda line: None).remove()
+    assert f"wrote {root}/etc/kvmapp/networks/default.conf" in setup(root)
+
+
 def test_remove_leaves_domains_disks_and_what_was_changed(root):
     setup(root)
     (root / "etc/kvmapp/domains/web.conf").write_text("name = web\nmemory = 64\n")
