@@ -16,6 +16,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -376,6 +377,8 @@ def main(arguments: list[str]) -> int:
         raise UsageError("kvmapp setup needs root", "sudo kvmapp setup, or --root DIR for an image")
     if not given.prefix.startswith("/") or given.prefix.strip("/") == "":
         raise UsageError(f"--prefix {given.prefix}: expected a folder such as /usr/local")
+    if not (runtime.FROZEN or given.remove):
+        require_parts()
     setup = Setup(given.root, functools.partial(print, flush=True), given.prefix)
     try:
         if given.remove:
@@ -395,6 +398,14 @@ def main(arguments: list[str]) -> int:
             print(error.render())
         print(f"\n{next_step()}")
     return 1 if setup.failed else 0
+
+
+def require_parts() -> None:
+    """From source the launchers start this very interpreter; it must have what the daemon and the VMM are made of."""
+    lacking = [name for name in ("aiohttp", "configobj", "kvmapp.core") if importlib.util.find_spec(name) is None]
+    if lacking:
+        raise HostError(f"{sys.executable} cannot run kvmapp: it has no {', '.join(lacking)}",
+                        "./build.sh build makes an environment that has all: .venv/bin/python -m kvmapp setup")
 
 
 def next_step() -> str:

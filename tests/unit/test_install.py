@@ -2,6 +2,7 @@
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,16 @@ def test_the_launchers_start_the_program(root):
     said = subprocess.run([root / "usr/sbin/kvmapp", "--version"], capture_output=True, text=True, cwd="/", check=True).stdout
     assert said.startswith("kvmapp 0.")
     assert subprocess.run([root / "usr/sbin/kvmappctl", "--help"], capture_output=True, cwd="/", check=True).stdout
+
+
+def test_an_interpreter_that_cannot_run_it_lays_nothing_down(root):
+    """The host's own python3 in a checkout: the launchers would start it, and the daemon would not come up."""
+    before = snapshot(root)
+    done = subprocess.run([sys.executable, "-S", "-m", "kvmapp", "setup", "--root", root], capture_output=True, text=True,
+                          cwd=install.SOURCES, check=False)
+    assert (done.returncode, done.stdout) == (1, "") and snapshot(root) == before
+    assert done.stderr == (f"error: {sys.executable} cannot run kvmapp: it has no aiohttp, configobj\n"
+                           "hint: ./build.sh build makes an environment that has all: .venv/bin/python -m kvmapp setup\n")
 
 
 def test_user_and_groups_are_made_once(root):
