@@ -22,9 +22,10 @@ RUN = ("One guest in the foreground, its first serial port on the terminal, desc
        "or by both. It needs no daemon. Ctrl-] ends the guest; SIGTERM presses its power button, a second one ends it.")
 RUN_STATUSES = (("0", "The guest powered off."), ("1", "It could not be started, or kvmapp failed."),
                 ("3", "The guest reset itself, with --no-reboot."), ("4", "The guest crashed."), ("5", "It was ended from here."),
+                ("6", "It was saved, by SIGUSR1 with --save."),
                 ("2N+1", "The guest wrote N to its debug exit port."))
 CHECK = ("Tells, line by line, whether this host can run guests, and what to mend. With --boot it runs a small guest of its own; with "
-         "--json it prints one line of JSON. The exit status is 0 when nothing is missing.")
+         "--json it prints JSON. The exit status is 0 when nothing is missing.")
 LICENSES = ("Every part that is inside, with its version and licence; with a part's name the text of its licence.")
 SIGNALS = (("SIGTERM, SIGINT", "Stop. Domains run on, and the next daemon finds them."),
            ("SIGHUP", "Read the configuration again and open the log anew."),

@@ -66,9 +66,11 @@ def path_of(file: str) -> str | None:
 @verb("undefine", "remove a domain's file; its disks stay", domain(),
       flag("remove-all-storage", "remove its disks, too (they cannot be brought back)"),
       value("storage", "remove these disks, by their targets or sources, with commas (see domblklist)", named=True, complete="disk"),
-      flag("managed-save", NONE_HERE), flag("snapshots-metadata", NONE_HERE), flag("checkpoints-metadata", NONE_HERE),
+      flag("managed-save", "accepted for virsh's sake: its managed save always goes"),
+      flag("snapshots-metadata", NONE_HERE), flag("checkpoints-metadata", NONE_HERE),
       flag("nvram", NONE_HERE), flag("keep-nvram", NONE_HERE), flag("tpm", NONE_HERE), flag("keep-tpm", NONE_HERE),
-      text="Removes the domain's file and its autostart mark, and says what is left. A running domain goes on, as a transient one.",
+      text="Removes the domain's file, its autostart mark and its managed save, and says what is left. A running domain goes on, as a "
+           "transient one.",
       failure="Failed to undefine domain '{domain}'", exclusive=(("remove-all-storage", "storage"),))
 def undefine(session, given):
     storage = ",".join(disk_names(session, given)) if given.storage else None
