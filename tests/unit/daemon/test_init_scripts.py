@@ -61,6 +61,16 @@ def test_failure_is_told_with_its_reason(host, shell):
 
 
 @each_shell
+def test_a_restart_that_stops_nothing_is_none(shell, tmp_path):
+    stubborn = tmp_path / "kvmapp"
+    stubborn.write_text("#!/bin/sh\n[ $2 != --stop ] || { echo 'error: it does not end' >&2; exit 1; }\n")
+    stubborn.chmod(0o755)
+    words = {"KVMAPP": str(stubborn), "KVMAPP_FUNCTIONS": "/nonexistent"}
+    for verb in ("restart", "condrestart"):
+        assert run(shell, "kvmapp", verb, **words) == (1, "Stopping kvmapp daemon: FAILED\n", "error: it does not end\n")
+
+
+@each_shell
 @pytest.mark.parametrize("script", ["kvmapp", "kvmapp-guests"])
 def test_usage(shell, script):
     status, said, complaint = run(shell, script, "dance")
