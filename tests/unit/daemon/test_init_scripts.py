@@ -145,6 +145,15 @@ def test_guests_that_are_to_be_saved(guests, shell):
 
 
 @each_shell
+def test_guests_that_have_all_the_time_are_waited_for(guests, shell, tmp_path):
+    """libvirt-guests' 0 is no limit; for kvmappctl it is not to wait at all."""
+    Path(guests["KVMAPP_GUESTS_SETTINGS"]).write_text("SHUTDOWN_TIMEOUT=0\n")
+    said = run(shell, "kvmapp-guests", "stop", **guests)[1].splitlines()
+    assert said[0] == "Shutting down kvmapp's domains (each has all the time that it takes):" and "  web: shut down" in said
+    assert "shutdown web --timeout 2147483\n" in (tmp_path / "log").read_text()
+
+
+@each_shell
 def test_guests_are_left_alone_when_asked(guests, shell, tmp_path):
     Path(guests["KVMAPP_GUESTS_SETTINGS"]).write_text("ON_BOOT=ignore\n")
     (tmp_path / "state").mkdir()
