@@ -173,6 +173,8 @@ class Machine:
         reader.take("cpuids", list)
         kvm, devices = reader.take("kvm", dict), dict(reader.take("devices", dict))
         reader.done()
+        for device in self.devices:                     # a card's BARs may belong where those of another stand now
+            device.reset()
         for device in self.devices:
             if not isinstance(devices.get(device.name), dict):
                 raise StateError(f"The saved machine has no device '{device.name}'", "restore it with the configuration it was saved with")
@@ -485,15 +487,7 @@ class Machine:
 
 def preload_devices() -> None:
     """Imports what a machine imports when its configuration asks for it; for a process that will make many machines."""
-    import kvmapp.block.opening
-    import kvmapp.hw.e1000
-    import kvmapp.hw.i6300esb
-    import kvmapp.hw.pvpanic
-    import kvmapp.net.tap
-    import kvmapp.virtio.balloon
-    import kvmapp.virtio.blk
-    import kvmapp.virtio.console
-    import kvmapp.virtio.fs
-    import kvmapp.virtio.net
-    import kvmapp.virtio.rng
-    import kvmapp.virtio.vsock  # noqa: F401
+    from importlib import import_module
+    for name in ("block.opening", "hw.e1000", "hw.i6300esb", "hw.pvpanic", "net.tap", "virtio.balloon", "virtio.blk", "virtio.console",
+                 "virtio.fs", "virtio.net", "virtio.rng", "virtio.vsock"):
+        import_module(f"kvmapp.{name}")

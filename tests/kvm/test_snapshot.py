@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kvmapp import snapshot, statefile
 from kvmapp.config import config_from_options
 from kvmapp.errors import HostError, KvmappError, StateError
+from kvmapp.machine import Machine
 from kvmapp.probe import IMAGE
 from tests.leaves import leaves
 
@@ -290,6 +291,27 @@ def test_the_clock_went_on(counter):
     machine.close()
     passed = clock - saved.state["machine"]["kvm"]["chips"]["clock"]
     assert 3600 * 10**9 <= passed <= time.time_ns() - saved.state["time"]
+
+
+def test_cards_whose_places_the_guest_exchanged_are_restored_there():
+    """Where one of them belongs, another stands in the machine that was just built."""
+    first, second = (Machine(config_from_options(pairs([*COUNTER, "--net", "user"]))) for _ in range(2))
+    host, slots = first.slots.host, [first.slots.slot_of(name) for name in ("rng", "net0")]
+    places = [host.peek(slot, 0, 0x10, 4) for slot in slots]
+    for slot in slots:
+        host.poke(slot, 0, 0x10, 4, 0xFFFF_FFFF)
+    for slot, place in zip(slots, reversed(places), strict=True):
+        host.poke(slot, 0, 0x10, 4, place)
+    there = bars(first)
+    assert there["rng"][0] != bars(second)["rng"][0]
+    second.restore_state(first.save_state())
+    assert bars(second) == there
+    first.close()
+    second.close()
+
+
+def bars(machine):
+    return {name: card.mapped_bars() for name, card in machine.cards.items()}
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
