@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
     from kvmapp.config import InterfaceConfig
 
-STATE_VERSION = 1
+STATE_VERSION = 2                                       # 1 did not tell of slots
 HUGE_PAGES = {"no": 0, "2M": 2 << 20, "1G": 1 << 30}
 SERIAL_PLACES = ((PORT_COM1, GSI_COM1), (PORT_COM2, GSI_COM2))
 
@@ -74,17 +74,18 @@ class Machine:
     slots: "Any"
     hotplug: "Any" = None                               # where there is PCI
 
-    def __init__(self, config, files: dict[str, int] | None = None, cpuids: list | None = None, *, cache: str | None = None,
-                 warn: "Callable[[str], None] | None" = None):
+    def __init__(self, config, files: dict[str, int] | None = None, cpuids: list | None = None,
+                 slots: dict[str, int] | None = None, *, cache: str | None = None, warn: "Callable[[str], None] | None" = None):
         """Builds it, powered off. `files` are descriptors opened by others, by what they are for ('disk:vda', 'interface:0');
-        `cache` is the folder of unpacked kernels. Of a restored guest, `cpuids` are the CPUID entries that each vCPU has seen, and
-        `warn` hears of places that this host lacks.
+        `cache` is the folder of unpacked kernels. Of a restored guest, `cpuids` are the CPUID entries that each vCPU has seen,
+        `slots` where its cards stand, and `warn` hears of places that this host lacks.
 
         Raises KvmappError, and then nothing is left open.
         """
         self.config, self.cache = config, cache
         self.files = files or {}
         self.cpuids: list = cpuids or []
+        self.kept_slots = {} if slots is None else slots
         self.devices: list[Device] = []
         self.cards: dict[str, Any] = {}                 # by name of the virtio device: its card or window
         self.threads: list[IoThread] = []
@@ -161,7 +162,7 @@ class Machine:
     def save_state(self, moment: int = 0) -> dict:
         """Everything that the guest can see but its memory, clocks as of the moment (vmstate.pyx); the machine is paused.
         Raises HostError."""
-        return {"version": STATE_VERSION, "cpuids": self.cpuids, "kvm": self.vm.save(moment),
+        return {"version": STATE_VERSION, "cpuids": self.cpuids, "slots": self.slots.places(), "kvm": self.vm.save(moment),
                 "devices": {device.name: device.save() for device in self.devices}}
 
     def restore_state(self, state: dict, moment: int = 0) -> bool:
@@ -171,6 +172,8 @@ class Machine:
         """
         reader = StateReader("machine", state, STATE_VERSION)
         reader.take("cpuids", list)
+        if reader.version > 1:
+            reader.take("slots", dict)
         kvm, devices = reader.take("kvm", dict), dict(reader.take("devices", dict))
         reader.done()
         for device in self.devices:                     # a card's BARs may belong where those of another stand now
@@ -375,7 +378,7 @@ class Machine:
         pci = PciHost("pci", pio, mmio, irqs, mmio64_base=self.window64[0] if self.window64 else 0, reset_control=reset_control)
         self._place(pci, pio, PORT_PCI_CONFIG_ADDRESS, 8)
         self._place(pci, mmio, PCI_ECAM_BASE, PCI_ECAM_SIZE, ECAM_OFFSET)
-        self.slots = PciSlots(pci, irqs, config.virtio)
+        self.slots = PciSlots(pci, irqs, config.virtio, self.kept_slots)
         self.hotplug = PciHotplug("pci-hotplug", self.acpi_pm)
         self._place(self.hotplug, pio, PORT_PCI_HOTPLUG, PORT_PCI_HOTPLUG_SIZE)
 

@@ -3,7 +3,7 @@
 Both kinds of slots answer `plug(device)` with what then stands for the device in the machine. The guest finds PCI cards by itself;
 of the windows it is told by ACPI or on its command line (boot/).
 """
-from kvmapp.errors import Unsupported
+from kvmapp.errors import StateError, Unsupported
 from kvmapp.layout import VIRTIO_MMIO_BASE, VIRTIO_MMIO_GSIS, VIRTIO_MMIO_GSIS_ACPI
 from kvmapp.virtio.transitional import virtio_card
 
@@ -21,24 +21,33 @@ PCI_SLOTS = 32
 
 
 class PciSlots:
-    """The slots of bus 0 from 1 up; `mode` is the domain's setting `virtio`."""
+    """The slots of bus 0 from 1 up; `mode` is the domain's setting `virtio`, `kept` the slots where a restored guest knows its cards."""
 
-    def __init__(self, host: "PciHost", interrupts: "Interrupts", mode: str):
+    def __init__(self, host: "PciHost", interrupts: "Interrupts", mode: str, kept: dict[str, int]):
+        """Raises StateError for slots that no bus has."""
         self.host, self.interrupts, self.mode = host, interrupts, mode
+        if not isinstance(kept, dict) or not all(type(slot) is int and 0 < slot < PCI_SLOTS for slot in kept.values()) or \
+                len(set(kept.values())) < len(kept):
+            raise StateError("The saved machine does not tell in which slots its cards stand")
+        self.kept = dict(kept)
 
     def plug(self, device: "VirtioDevice"):
-        """A card in the first slot that is free."""
+        """A card in its slot."""
         self.free_slot(device.name)                      # asked first: a card has interrupt vectors to give back
         card = virtio_card(device, self.interrupts, self.mode)
         self.attach(card)
         return card
 
     def attach(self, function: "PciFunction") -> None:
-        """Any card, into the first slot that is free."""
+        """Any card, into its slot."""
         self.host.attach(self.free_slot(function.name), function)
+        self.kept.pop(function.name, None)
 
     def free_slot(self, name: str) -> int:
-        taken = {slot for slot, _ in self.host.slots()}
+        """The slot that is kept for this card, or the first that is free."""
+        if name in self.kept:
+            return self.kept[name]
+        taken = {slot for slot, _ in self.host.slots()} | set(self.kept.values())
         slot = next((number for number in range(1, PCI_SLOTS) if number not in taken), None)
         if slot is None:
             raise Unsupported(f"There is no free PCI slot for {name}", "take another device out")
@@ -50,6 +59,10 @@ class PciSlots:
 
     def slot_of(self, name: str) -> int:
         return next(slot for (slot, _), function in self.host.slots().items() if function.name == name)
+
+    def places(self) -> dict[str, int]:
+        """{name: slot} of the cards."""
+        return {function.name: slot for (slot, _), function in self.host.slots().items() if slot}
 
     def removable(self, names: "Iterable[str]") -> tuple[int, ...]:
         """The slots of these cards, and the free ones: what may come and go while the guest runs."""
@@ -89,6 +102,10 @@ class MmioSlots:
         self.windows.append((base, MMIO_WINDOW, gsi))
         self.names.append(device.name)
         return window
+
+    def places(self) -> dict[str, int]:
+        """None to tell of: windows come in the order of the configuration."""
+        return {}
 
     def removable(self, names: "Iterable[str]") -> tuple[int, ...]:
         """None: windows stay."""

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmapp import snapshot, statefile
-from kvmapp.config import config_from_options
+from kvmapp.config import InterfaceConfig, config_from_options
 from kvmapp.errors import HostError, KvmappError, StateError
 from kvmapp.machine import Machine
 from kvmapp.probe import IMAGE
@@ -312,6 +312,32 @@ def test_cards_whose_places_the_guest_exchanged_are_restored_there():
 
 def bars(machine):
     return {name: card.mapped_bars() for name, card in machine.cards.items()}
+
+
+def test_cards_stay_in_the_slots_where_the_guest_knows_them(tmp_path):
+    """A card that came while it ran stands behind all others, and one that went leaves its slot empty."""
+    machine = Machine(config_from_options(pairs([*COUNTER, "--net", "user", "--net", "user"])))
+    there = machine.config.interfaces
+    machine.attach_interface(InterfaceConfig(index=2, type="user", model="e1000", mac="52:54:00:00:00:09"), {})
+    machine.hotplug.ask(machine.slots.slot_of("net0"))
+    assert machine.take_ejected(asked=True) == ["net0"]
+    late = InterfaceConfig(index=2, type="user", model="e1000", mac="52:54:00:00:00:09")
+    machine.config = type(machine.config).from_dict(
+        {**machine.config.to_dict(), "interfaces": [one.to_dict() for one in (there[1], late)]})
+    with open(tmp_path / "a.save", "w+b") as file:
+        snapshot.write(machine, file.fileno())
+        saved = statefile.read(file.fileno(), "a")
+        restored = snapshot.restore(saved)
+        assert restored.inventory() == machine.inventory()
+        card = InterfaceConfig(index=0, type="user", model="virtio", mac="52:54:00:00:00:0a")
+        assert restored.attach_interface(card, {}) == machine.attach_interface(card, {})
+        restored.close()
+        wrong: list = [{"net1": 3, "net2": 3}, {"net1": 0}, {"net1": 32}, {"net1": True}, {"net1": []}, [1]]
+        for slots in wrong:
+            saved.state["machine"]["slots"] = slots
+            with pytest.raises(StateError, match="slots"):
+                snapshot.restore(saved)
+    machine.close()
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
