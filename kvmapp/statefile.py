@@ -17,6 +17,7 @@ import json
 import os
 import struct
 import zlib
+from contextlib import suppress
 
 from kvmapp.errors import HostError, StateError
 
@@ -118,7 +119,8 @@ class Draft:
             os.close(self.fd)
             self.fd = -1
         if self.temporary:
-            os.unlink(self.temporary)
+            with suppress(OSError):                     # its folder is gone, or cannot be written any more
+                os.unlink(self.temporary)
             self.temporary = ""
 
     def publish(self) -> None:
@@ -126,8 +128,9 @@ class Draft:
         try:
             os.fsync(self.fd)
             os.rename(self.temporary, self.path)
-            self.temporary = ""
+            self.temporary = self.path                  # a file that is said to have failed must not stay: its guest goes on
             sync_folder(os.path.dirname(self.path))
+            self.temporary = ""
         except OSError as error:
             raise HostError(f"Cannot save to '{self.path}': {error.strerror}", hint_for(error)) from None
 

@@ -182,6 +182,29 @@ def test_a_draft_that_is_not_published_leaves_what_was_there(tmp_path):
     assert os.listdir(tmp_path) == ["a.save"]
 
 
+def test_a_draft_whose_name_may_not_last_leaves_none(tmp_path, monkeypatch):
+    """It is said to have failed and the guest goes on: restored later, it would find its disks changed."""
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(statefile, "sync_folder", fail)
+    with pytest.raises(HostError, match="Input/output error"), Draft(str(tmp_path / "a.save")) as draft:
+        draft.publish()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_draft_whose_folder_has_gone_is_an_error_to_who_publishes_it_only(tmp_path):
+    """Whoever closes it after that has a guest that goes on."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with Draft(str(folder / "a.save")) as draft:
+        for name in os.listdir(folder):
+            (folder / name).unlink()
+        folder.rmdir()
+        with pytest.raises(HostError, match="No such file or directory"):
+            draft.publish()
+
+
 @pytest.mark.parametrize("path", ["/no/such/folder/a.save", "/proc/a.save", "/tmp"])
 def test_a_place_that_takes_no_file(path):
     with pytest.raises(KvmappError, match="Cannot save to"):
