@@ -12,7 +12,7 @@ import os
 import threading
 
 from kvmapp import snapshot, statefile
-from kvmapp.errors import KvmappError
+from kvmapp.errors import HostError, KvmappError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,11 +39,14 @@ class Saving:
         self.fd = self.draft.fd if self.draft else fd
         try:
             self.config, self.state = snapshot.describe(machine)
+            self.thread = threading.Thread(target=self.run, name="save", daemon=True)
+            try:
+                self.thread.start()
+            except RuntimeError as error:
+                raise HostError(f"Cannot save domain '{machine.config.name}': {error}", "see ulimit -u and pids.max") from None
         except BaseException:
             self.close()
             raise
-        self.thread = threading.Thread(target=self.run, name="save", daemon=True)
-        self.thread.start()
 
     def give_up(self) -> None:
         """Returns when nothing is written any more; `done` is not called after it."""

@@ -5,7 +5,7 @@ import pytest
 
 from kvmapp.config import config_from_options
 from kvmapp.devices import Power, PowerEvent
-from kvmapp.errors import ConfigError
+from kvmapp.errors import ConfigError, HostError
 from kvmapp.vmprocess import EXIT_CRASH, EXIT_POWER_OFF, EXIT_RESET, Domain, WrongState
 
 
@@ -134,6 +134,21 @@ def test_a_card_that_was_let_go_of_is_no_part_of_what_is_saved(tmp_path, monkeyp
     monkeypatch.setattr("kvmapp.saving.Saving", lambda machine, *_: saved.append([one.index for one in machine.config.interfaces]))
     made.save(lambda error: None, "/nowhere")
     assert saved == [[0]] and made.state == "saving"
+
+
+def test_a_host_without_threads_to_save_with_is_an_error_and_the_guest_goes_on(tmp_path, monkeypatch):
+    made = domain("", tmp_path)
+    made.machine.config = made.config
+    (saved := tmp_path / "saved").mkdir()
+    monkeypatch.setattr("kvmapp.snapshot.describe", lambda machine: ({}, {}))
+
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", fail)
+    with pytest.raises(HostError, match="Cannot save domain 'x': can't start new thread"):
+        made.save(lambda error: None, str(saved / "x.save"))
+    assert (made.state, made.machine.did[-1]) == ("running", "resume") and list(saved.iterdir()) == []
 
 
 @pytest.mark.parametrize("event", [PowerEvent.RESET, PowerEvent.POWER_OFF])
