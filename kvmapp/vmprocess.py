@@ -214,6 +214,10 @@ class Domain(DeviceVerbs):
         if self.state not in states:
             raise WrongState(f"Domain '{self.config.name}' is {self.state}", f"this needs a domain that is {' or '.join(states)}")
 
+    def require_alive(self) -> None:
+        if self.state == "paused" and self.reason not in ("user", "watchdog"):
+            raise WrongState(f"Domain '{self.config.name}' ended and was preserved", "reset or destroy it")
+
     def require_no_wish(self) -> None:
         """The machine is paused, to stay so: `power_event`, which comes next, might let it go on, or begin anew."""
         if self.machine.power.asked:
@@ -256,15 +260,15 @@ class Domain(DeviceVerbs):
 
     def verb_suspend(self, _connection, _request) -> dict:
         self.require("running", "paused")
-        self.machine.pause()
-        self.require_no_wish()
-        self.change("paused", "user")
+        if self.state == "running":                     # one that is paused stays what it is: it may have ended
+            self.machine.pause()
+            self.require_no_wish()
+            self.change("paused", "user")
         return {}
 
     def verb_resume(self, _connection, _request) -> dict:
         self.require("paused", "running")
-        if self.state == "paused" and self.reason not in ("user", "watchdog"):
-            raise WrongState(f"Domain '{self.config.name}' ended and was preserved", "reset or destroy it")
+        self.require_alive()
         if self.state == "paused":
             self.machine.resume()
             self.change("running", "unpaused")
@@ -314,6 +318,7 @@ class Domain(DeviceVerbs):
         was_running = False
         try:
             self.require("running", "paused")
+            self.require_alive()
             require_savable(self.config)
             was_running = self.state == "running"
             self.machine.pause()

@@ -67,6 +67,18 @@ def test_a_panic_is_what_on_crash_says(tmp_path, action, exit, state):
             made.verb_resume(None, None)
 
 
+@pytest.mark.parametrize("asked", ["resume", "save", "suspend and resume"])
+def test_a_guest_that_powered_off_and_was_preserved_does_not_go_on(tmp_path, monkeypatch, asked):
+    """Its first instruction would be the one after the power-off; restored, it would have it before it."""
+    made = tell(domain("on_poweroff = preserve\n", tmp_path), PowerEvent.POWER_OFF)
+    monkeypatch.setattr("kvmapp.saving.Saving", lambda *_: made.machine.did.append("save"))
+    if asked == "suspend and resume":
+        made.verb_suspend(None, None)
+    with pytest.raises(WrongState, match="ended and was preserved"):
+        made.save(lambda error: None, "/nowhere") if asked == "save" else made.verb_resume(None, None)
+    assert (made.state, made.reason) == ("paused", "shutdown") and not {"save", "resume"} & set(made.machine.did)
+
+
 def test_a_guest_with_a_crash_kernel_goes_on(tmp_path):
     made = tell(domain("[panic]\n", tmp_path), PowerEvent.CRASH_KERNEL)
     assert made.machine.did[-1] == "resume" and made.state == "running" and "crash kernel" in made.lines[0]
