@@ -208,12 +208,13 @@ cdef class Vm:
         for vcpu, saved in zip(self.vcpus, vcpus):
             drifts |= restore_vcpu((<Vcpu>vcpu).fd, saved, moment, components)
         restore_vm(self.fd, chips, moment)                     # after the LAPICs, into which the I/O APIC may send at once
-        for vcpu in self.vcpus:
-            tell_stopped((<Vcpu>vcpu).fd)
         return not drifts
 
     def resume(self):
         """Lets the vCPUs run; the first time it starts their threads."""
+        if self.gate.wanted == PAUSE:                          # one that runs would not listen
+            for vcpu in self.vcpus:
+                tell_stopped((<Vcpu>vcpu).fd)
         with nogil:
             self.gate.want(RUN)
         for vcpu in self.vcpus:

@@ -22,6 +22,8 @@ SPIN = b"\xeb\xfe"                                  # jmp $
 TRIPLE_FAULT = b"\x0f\x01\x1d\x00\x20\x00\x00\x0f\x0b"  # lidt [0x2000] (zeroes); ud2
 COUNT = b"\xff\x05\x00\x30\x00\x00\xeb\xf8"         # inc dword [0x3000]; jmp
 COUNT_PORT = b"\xe6\x80" + b"\xff\x05\x00\x30\x00\x00\xeb\xf6"  # out 0x80, al; inc dword [0x3000]; jmp
+KVMCLOCK = 0x4000
+ENABLE_KVMCLOCK = b"\xb9\x01\x4d\x56\x4b\xb8\x01\x40\x00\x00\x31\xd2\x0f\x30"  # wrmsr of 0x4001 to MSR_KVM_SYSTEM_TIME_NEW
 
 
 WAKE_NEIGHBOUR = (b"\xc7\x05\xf0\x00\xe0\xfe\xff\x01\x00\x00"  # mov dword [0xfee000f0], 0x1ff: enables the own APIC
@@ -76,6 +78,17 @@ def test_a_paused_guest_stands_still_and_goes_on(make_vm, code):
         assert counter(vm) == stopped
         assert vm.vcpus[0].registers()["rip"] in range(CODE, CODE + len(code))
         vm.resume()
+
+
+def test_a_guest_that_goes_on_is_told_that_it_stood_still(make_vm):
+    """Its kvmclock went on meanwhile: without that word Linux takes a long pause for a CPU that hung."""
+    vm = make_vm(ENABLE_KVMCLOCK + COUNT)
+    vm.resume()
+    until(lambda: counter(vm) > 0)
+    vm.pause()
+    assert not vm.memory.read(KVMCLOCK + 29, 1)[0] & 2           # pvclock_vcpu_time_info.flags, PVCLOCK_GUEST_STOPPED
+    vm.resume()
+    until(lambda: vm.memory.read(KVMCLOCK + 29, 1)[0] & 2)
 
 
 def test_port_writes_are_counted_as_exits(make_vm):
