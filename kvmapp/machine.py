@@ -90,8 +90,7 @@ class Machine:
         self.cards: dict[str, Any] = {}                 # by name of the virtio device: its card or window
         self.threads: list[IoThread] = []
         self.card_threads: dict[str, list[IoThread]] = {}           # of each network card
-        self.running = False
-        self.vcpus_started = False
+        self.running = self.vcpus_started = False
         self.characters: list[tuple] = []
         self.debug_console: CharBackend | None = None
         try:
@@ -107,8 +106,10 @@ class Machine:
             self._add_watchdog()
             self.slots.assign_resources()
             self.vm.keep_initial()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError):
+                raise HostError(f"Cannot build the machine of domain '{config.name}': {error.strerror}", "see ulimit -n") from None
             raise
 
     # Life.
@@ -477,8 +478,7 @@ class Machine:
 
     def _character(self, name: str, section) -> CharBackend:
         backend = CharBackend(name)
-        if section.type == "null":
-            backend.discard(True)
+        backend.discard(section.type == "null")
         self.characters.append((name, backend, section))
         return backend
 

@@ -1,9 +1,15 @@
 """A whole machine with an 82540EM: it stands on the bus with its memory and ports, is saved and restored, and comes and goes."""
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from kvmapp.config import InterfaceConfig, config_from_options
 from kvmapp.machine import Machine
 from kvmapp.probe import IMAGE
+
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.kvm
 
@@ -26,6 +32,34 @@ def test_a_machine_with_the_card():
     finally:
         first.close()
         second.close()
+
+
+WITHOUT_DESCRIPTORS = """
+import gc, os, resource
+from kvmapp.errors import KvmappError
+from tests.kvm.test_e1000 import machine
+machine("user").close()                                          # what is opened once for all
+def descriptors():
+    gc.collect()                                                 # a VM and its vCPUs hold each other
+    return len(os.listdir("/proc/self/fd"))
+before = descriptors()
+for limit in range(before, 200, 3):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, 4096))
+    try:
+        machine("user").close()
+        break
+    except KvmappError as error:
+        print(error, error.hint)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, 4096))
+    assert descriptors() == before, [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")[:-1]]
+"""
+
+
+def test_a_host_without_descriptors_is_an_error_and_nothing_stays_open():
+    """Whichever of a machine's descriptors is the one too many."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_DESCRIPTORS], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "Cannot build the machine of domain 'guest'" in done.stdout and "see ulimit -n" in done.stdout
 
 
 def test_cards_come_to_a_running_guest_and_go():
