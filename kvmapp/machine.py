@@ -240,10 +240,14 @@ class Machine:
         """A network card for the guest as it runs; the slot. Takes what it uses out of `files`. Raises KvmappError, OSError."""
         self._require_hotplug()
         name = self._plug_interface(interface, files)
-        if self.running:
-            self.cards[name].resume()
-            for thread in self.card_threads[name]:
-                thread.resume()
+        try:
+            if self.running:
+                self.cards[name].resume()
+                for thread in self.card_threads[name]:
+                    thread.resume()
+        except BaseException:
+            self._take_out(name)
+            raise
         self.hotplug.insert(self.slots.slot_of(name))
         return self.slots.slot_of(name)
 

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from kvmapp import netcards
 from kvmapp.config import InterfaceConfig, config_from_options
+from kvmapp.errors import HostError
 from kvmapp.machine import Machine
+from kvmapp.netcards import make_device
 from kvmapp.probe import IMAGE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +35,35 @@ def test_a_machine_with_the_card():
     finally:
         first.close()
         second.close()
+
+
+def test_a_card_whose_thread_cannot_start_is_out_again(monkeypatch):
+    class Unstartable:
+        def resume(self):
+            raise HostError("Cannot start a thread")
+
+        def pause(self):
+            pass
+
+        def close(self):
+            pass
+
+    def make(*arguments):
+        device, threads = make_device(*arguments)
+        return device, [*threads, Unstartable()]
+
+    running = machine("user")
+    try:
+        running.boot()
+        running.resume()
+        before = running.inventory(), list(running.devices), list(running.threads)
+        monkeypatch.setattr(netcards, "make_device", make)
+        with pytest.raises(HostError, match="Cannot start a thread"):
+            running.attach_interface(InterfaceConfig(index=1, type="user", model="e1000", mac="52:54:00:00:00:08"), {})
+        assert (running.inventory(), running.devices, running.threads) == before
+        assert set(running.network_cards()) == {"net0"} and running.running
+    finally:
+        running.close()
 
 
 WITHOUT_DESCRIPTORS = """
