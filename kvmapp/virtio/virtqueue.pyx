@@ -352,8 +352,8 @@ cdef class Virtqueue:
         """Takes over what `check` answered; the queue is not live yet."""
         cdef bint enabled, broken
         self.disable()
-        self.packed = packed
         self.size, (enabled, broken), (self.desc_gpa, self.avail_gpa, self.used_gpa), positions = checked
+        self.packed = packed and enabled         # a queue that is yet to be set up begins at the ring's beginning, wherever it was saved
         self.go_to(*positions)
         if enabled:
             self.enable(indirect, event_index)

@@ -9,7 +9,7 @@ from kvmapp.chardev import CharBackend
 from kvmapp.state import StateError
 from kvmapp.virtio.console import VirtioConsole
 from kvmapp.virtio.rng import VirtioRng
-from tests.device.virtio_driver import F_EVENT_IDX, F_INDIRECT, INDIRECT, NEXT, WRITE, Guest
+from tests.device.virtio_driver import DRIVER_OK, F_EVENT_IDX, F_INDIRECT, INDIRECT, NEXT, WRITE, Guest
 from tests.device.virtio_packed import EVENTS_BY_DESC, EVENTS_DISABLED, F_PACKED, USED, PackedQueue
 
 pytestmark = pytest.mark.usefixtures("quiet")
@@ -174,6 +174,24 @@ def test_state_comes_back_in_the_middle_of_the_ring_and_bad_state_does_not(guest
     for _ in range(8):
         queue.post(writable=[4, 4])
         queue.kick()
+        assert queue.wait()[0].written == 8
+
+
+def test_a_queue_that_is_set_up_after_a_restore_begins_like_any(guest):
+    """The machine was saved between the driver's agreement to packed rings and its first queue."""
+    driver = guest.plug(VirtioRng("rng0", guest.memory))
+    driver.negotiate()
+    driver.enable_msix()
+    state = driver.card.save()
+    driver.card.reset()
+    driver.card.restore(state)
+    assert driver.card.save() == state
+    queue = PackedQueue(driver, 0, 4)
+    queue.enable(vector=1)
+    driver.set_status(DRIVER_OK)
+    for _ in range(6):
+        queue.post(writable=[8])
+        queue.kick(force=True)
         assert queue.wait()[0].written == 8
 
 
