@@ -7,6 +7,7 @@ their queue 3 and everybody else's queue 4, so both are served. Left out: free p
 free pages then do not report them), MUST_TELL_HOST.
 """
 from libc.stdint cimport UINT32_MAX, uint8_t, uint16_t
+from libc.string cimport memcpy
 
 from kvmapp.abi.posix cimport (CLOCK_MONOTONIC, atomic_exchange_u32, atomic_store_u32, clock_gettime, pthread_mutex_lock,
                                pthread_mutex_unlock, timespec)
@@ -192,7 +193,7 @@ cdef class VirtioBalloon(VirtioDevice):
             pthread_mutex_unlock(&queue.lock)
 
     cdef void write_config(self, uint32_t offset, uint32_t size, uint64_t value) noexcept nogil:
-        if offset == ACTUAL and size == sizeof(self.layout.actual):
-            self.layout.actual = <uint32_t>value
+        if offset >= ACTUAL and offset + size <= ACTUAL + sizeof(self.layout.actual):
+            memcpy(<char*>&self.layout.actual + (offset - ACTUAL), &value, size)     # legacy drivers store it byte by byte
         else:
             VirtioDevice.write_config(self, offset, size, value)

@@ -78,6 +78,18 @@ def test_the_target_reaches_the_guest_and_its_answer_the_host(balloon):
     assert (balloon.device.target, balloon.device.actual) == (8 << 20, 0)
 
 
+@pytest.mark.parametrize("wiring", ["legacy", "legacy-mmio"])
+def test_a_legacy_driver_answers_byte_by_byte(wiring):
+    """As Linux stores to any legacy config space."""
+    with Guest(SIZE, wiring=wiring) as guest:
+        balloon = Balloon(guest)
+        for place, byte in enumerate((0x1234).to_bytes(4, "little")):
+            balloon.driver.put_config(4 + place, 1, byte)
+        assert balloon.device.actual == 0x1234 * PAGE
+        balloon.driver.put_config(3, 1, 7)
+        assert (balloon.device.target, balloon.device.actual) == (0, 0x1234 * PAGE)
+
+
 def test_deflating_needs_nothing_but_an_answer(balloon):
     queue = balloon.queues[DEFLATEQ]
     balloon.fill(1000, 1)
