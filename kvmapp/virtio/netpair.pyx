@@ -184,6 +184,7 @@ cdef class QueuePair:
                 # Nothing more to have now: a VLAN tag's four bytes may lack, or the whole ring is smaller than a large frame.
                 return self.room + VLAN_TAG >= self.frame_room or self.posted == queue.size
             if self.chain.readable_count or self.chain.writable_bytes <= self.header:
+                queue.unpop(&self.chain)         # nobody holds it: a saved ring of packed descriptors has none under way
                 queue.fail(b"receive buffer has a readable part, or no room for a header", self.chain.writable_bytes)
                 return False
             if self.vector_count + self.chain.writable_count > POSTED_VECTORS:

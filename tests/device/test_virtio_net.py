@@ -205,6 +205,16 @@ def test_receive_buffers_that_are_none_break_the_queue(wire, readable, writable)
     assert again.wait()[0].data[HEADER + 3] == 6
 
 
+def test_a_card_with_a_broken_queue_is_saved_and_restored(wire):
+    wire.rx.post(readable=[b"x"])
+    wire.rx.kick()
+    wire.driver.await_needs_reset()
+    wire.driver.card.pause()
+    state = wire.driver.card.save()
+    wire.driver.card.restore(state)
+    assert wire.driver.card.save() == state
+
+
 def test_a_reset_gives_posted_buffers_back(wire):
     for _ in range(20):
         wire.rx.post(writable=[2048])
