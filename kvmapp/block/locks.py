@@ -67,10 +67,13 @@ def holders(path: str) -> list[tuple[int, str]]:
 
 
 def holds_lock(process: Path, fd: str, wanted: os.stat_result) -> bool:
-    status = os.stat(process / "fd" / fd)
-    if (status.st_dev, status.st_ino) != (wanted.st_dev, wanted.st_ino):
-        return False
-    return "lock:" in (process / "fdinfo" / fd).read_text()
+    try:
+        status = os.stat(process / "fd" / fd)
+        if (status.st_dev, status.st_ino) != (wanted.st_dev, wanted.st_ino):
+            return False
+        return "lock:" in (process / "fdinfo" / fd).read_text()
+    except OSError:
+        return False                                # closed since the look
 
 
 def command(process: Path) -> str:

@@ -169,6 +169,16 @@ def test_one_process_does_not_open_a_disk_twice_either(image, monkeypatch):
     open_disk(section(image)).close()
 
 
+def test_a_descriptor_that_goes_while_its_process_is_looked_at_hides_no_other(image, monkeypatch):
+    """The one by which we list our own has a number below the disk's here, and is gone when its turn comes."""
+    monkeypatch.setattr(opening.time, "sleep", lambda seconds: pytest.fail("it waits for itself"))
+    gaps = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]
+    with open_disk(section(image)):
+        for gap in gaps:
+            os.close(gap)
+        assert "it is being used by another process" in refused(image)
+
+
 def test_the_locks_are_those_that_qemu_looks_at(image):
     """Bytes 100 and up: what we do; 200 and up: what we forbid others."""
     with open_disk(section(image)):
