@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvmapp.daemon.store import Store, Stored
 
 ENDING_LIMIT = 64 << 10
+TIME_LIMIT = 1 << 36                    # seconds: in the year 4147; what is later is no time that anything ended at
 # How a domain may have ended, in virsh's words (domstate --reason), and two that virsh has no word for.
 ENDING_REASONS = ("shutdown", "destroyed", "crashed", "migrated", "saved", "failed", "from snapshot", "daemon", "unknown",
                   "killed", "out of memory")
@@ -273,7 +274,7 @@ def read_ending(path: str) -> dict | None:
     when, status, reason = data.get("time"), data.get("exit"), data.get("reason")
     return {"state": "shut off", "reason": reason if reason in ENDING_REASONS else "unknown",
             "text": plain(data.get("text")) or "", "hint": plain(data.get("hint")),
-            "time": float(when) if isinstance(when, int | float) else time.time(),
+            "time": float(when) if isinstance(when, int | float) and 0 <= when < TIME_LIMIT else time.time(),
             "exit": status if type(status) is int else None}
 
 

@@ -1,6 +1,7 @@
 """Domain processes and their zygote: killed, not started, lying, or saying nothing; it is told in words and hurts no other domain."""
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -165,7 +166,9 @@ def test_a_domain_process_that_lies_harms_only_itself(host, text):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"reason": 5, "text": ["x"], "time": "now", "exit": "x"}', b"\xff" * 100,
-                                     b'{"reason": "shutdown", "text": "' + b"x" * 100_000 + b'"}', b'{"text": "\\u001b[2Jevil"}'])
+                                     b'{"reason": "shutdown", "text": "' + b"x" * 100_000 + b'"}', b'{"text": "\\u001b[2Jevil"}',
+                                     pytest.param(b'{"time": 1' + b"0" * 400 + b"}", id="huge"),
+                                     b'{"time": Infinity}', b'{"time": NaN}', b'{"time": -1e300}'])
 def test_endings_are_not_believed_blindly(host, content):
     host.add("a")
     folder = Path(host.paths.domain_own("a"))
@@ -174,6 +177,7 @@ def test_endings_are_not_believed_blindly(host, content):
     host.start()
     one = host.domain("a")
     assert one["state"] == "shut off" and one["reason"] in ("unknown", "shutdown") and (one["text"] or "").isprintable()
+    assert one["since"] is None or time.gmtime(one["since"]).tm_year >= 1970
 
 
 def test_ending_that_is_a_link_is_not_followed(host):
