@@ -8,9 +8,11 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 
 import kvmapp
 from kvmapp import runtime
@@ -131,7 +133,10 @@ class Zygote:
                 status.set_result(message["status"])
             return
         answer = self.answers.get(message["id"])
-        if answer is None or answer.done():
+        if answer is None or answer.done():             # whoever asked has given up meanwhile, and nobody else would ever know of it
+            if "pid" in message:
+                with suppress(ProcessLookupError):
+                    os.kill(message["pid"], signal.SIGKILL)
             return
         if "pid" in message:
             self.statuses[message["pid"]] = asyncio.get_running_loop().create_future()

@@ -1,0 +1,36 @@
+"""The daemon's end of the zygote, with a zygote of the test's own."""
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+
+import pytest
+
+from kvmapp.daemon.spawn import Zygote
+
+
+def test_a_process_that_nobody_waits_for_any_more_does_not_live_on():
+    """The start was broken by a destroy before the zygote, which was not warm yet, had forked."""
+    child = subprocess.Popen(["sleep", "infinity"])
+
+    async def break_a_start():
+        zygote = Zygote()
+        zygote.socket, theirs = socket.socketpair()
+        asyncio.get_running_loop().add_reader(zygote.socket, zygote.receive)
+        start = asyncio.create_task(zygote.spawn({}, []))
+        while not zygote.answers:
+            await asyncio.sleep(0)
+        start.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await start
+        with theirs:
+            theirs.sendall(json.dumps({"id": 1, "pid": child.pid}).encode() + b"\n")
+            status = await asyncio.to_thread(child.wait, 60)
+        zygote.stop()
+        return status
+    try:
+        assert asyncio.run(break_a_start()) == -signal.SIGKILL
+    finally:
+        child.kill()
+        child.wait()
