@@ -77,6 +77,7 @@ async def create(call: Call, config: DomainConfig) -> dict:
     domain = supervisor.domains.setdefault(config.name, domain or supervisor.make(config.name))
     try:
         warnings = await start_domain(supervisor, domain, call.who, paused=call.body.get("paused", False), config=config)
+        remove_image(supervisor.paths, domain.name)
     finally:
         supervisor.merge()
     return {"domain": domain.summary(), "created": True, "made": list(config.made),

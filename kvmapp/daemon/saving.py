@@ -64,6 +64,7 @@ async def restore(call: Call) -> dict:
         domain = supervisor.domains.setdefault(config.name, domain or supervisor.make(config.name))
         try:
             warnings = await start_domain(supervisor, domain, call.who, paused=call.body.get("paused", False), config=config, state=fd)
+            remove_image(supervisor.paths, domain.name)         # of another moment than the disks will be
         finally:
             supervisor.merge()
     finally:
