@@ -85,7 +85,7 @@ async def start_or_go_on(supervisor: Supervisor, domain: Domain, who: str, *, pa
     except StateError as error:
         raise StateError(error.message, f"kvmappctl managedsave-remove {domain.name} gives it up; then start boots the domain") from None
     try:
-        if config.uuid != domain.uuid:
+        if config.uuid != domain.want_persistent().uuid:
             raise StateError(f"The managed save image of domain '{domain.name}' is another domain's (UUID {config.uuid})",
                              f"kvmappctl managedsave-remove {domain.name} gives it up")
         warnings = await start_domain(supervisor, domain, who, paused=True, config=config, state=fd)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvmapp import statefile
+from kvmapp import errors, statefile
 from kvmapp.config import read_domain
 
 NO_MEMORY = SimpleNamespace(size=0, runs=lambda granule: [], view=None)
@@ -43,3 +43,10 @@ def test_it_is_void_once_the_domain_runs_from_another_file(running, saved, tmp_p
 def test_it_is_void_once_the_domain_is_created_anew(running, saved):
     running.define(running.file("web").read_text(), transient=True)
     assert running.states() == {"web": "running"} and not saved.exists()
+
+
+def test_a_broken_file_is_no_reason_to_give_it_up(running, saved):
+    running.file("web").write_text("name = web\nmemory = lots\n")
+    with pytest.raises(errors.ConfigError, match="memory = 'lots'"):
+        running.post("web", "start")
+    assert saved.exists()
