@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 
 from kvmapp import fileserver
 from kvmapp.daemon import domainlog
@@ -26,6 +27,8 @@ from kvmapp.runtime import IDENTITY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from kvmapp.config import DomainConfig
     from kvmapp.daemon.jobs import Job
     from kvmapp.daemon.supervisor import Supervisor
@@ -65,14 +68,23 @@ async def attempt(start: Start, job: Job) -> list[str]:
         await start.launch()
         return start.warnings
     except OSError as error:
-        await start.undo(f"{error}")
+        await to_its_end(start.undo(f"{error}"))
         raise HostError(f"Cannot start domain '{start.domain.name}': {error.strerror}" +
                         (f": {error.filename}" if error.filename else "")) from None
     except BaseException as error:
-        await start.undo(f"{error}")
+        await to_its_end(start.undo(f"{error}"))
         raise
     finally:
         start.close_fds()
+
+
+async def to_its_end(undoing: Coroutine) -> None:
+    """A second destroy, or the daemon's end, breaks the job again: what is half undone, no verb would lead out of."""
+    task = asyncio.ensure_future(undoing)
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
+    task.result()
 
 
 class Start:

@@ -1,8 +1,12 @@
 """A domain's one job: a destroy gets through to it, whoever else wants it at the same moment."""
 import asyncio
 import contextlib
+from typing import Any
+
+import pytest
 
 from kvmapp.daemon.jobs import JobBroken, Jobs
+from kvmapp.daemon.starting import attempt
 
 
 def test_a_job_that_comes_when_another_is_broken_is_broken_too():
@@ -25,3 +29,45 @@ def test_a_job_that_comes_when_another_is_broken_is_broken_too():
         for one in works:
             one.cancel()
     asyncio.run(scenario())
+
+
+def test_a_start_that_is_broken_twice_is_undone_to_its_end():
+    """Its process waits in the kernel for a disk, say, so somebody says destroy once more."""
+    async def story():
+        start: Any = HangingStart()
+        jobs = Jobs("web", lambda job, begins: None)
+
+        async def hold():
+            with jobs.hold("start", "ann") as job:
+                await attempt(start, job)
+        task = asyncio.create_task(hold())
+        await start.prepares.wait()
+        first = asyncio.create_task(jobs.break_current("bob"))
+        await start.undoes.wait()
+        second = asyncio.create_task(jobs.break_current("eve"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        start.dies.set()
+        with pytest.raises(JobBroken):
+            await task
+        await asyncio.gather(first, second)
+        return start.undone
+    assert asyncio.run(story())
+
+
+class HangingStart:
+    def __init__(self):
+        self.prepares, self.undoes, self.dies = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.undone = False
+
+    async def prepare(self):
+        self.prepares.set()
+        await asyncio.Event().wait()
+
+    async def undo(self, _why):
+        self.undoes.set()
+        await self.dies.wait()
+        self.undone = True
+
+    def close_fds(self):
+        pass
