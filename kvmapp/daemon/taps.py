@@ -93,13 +93,13 @@ def make_tap(interface: InterfaceConfig) -> Tap:
 
 
 def attach_queues(name: str, first: int, others: int, count: int) -> Tap:
-    """Opens the queues of one tap, with these flags. Raises OSError, and then none is open."""
+    """Opens the queues of one tap, with these flags. Raises OSError or HostError, and then none is open."""
     tap = Tap(name, [], False)
     try:
         for number in range(count):
             tap.fds.append(open_tun())
             tap.name = attach(tap.fds[-1], tap.name, others if number else first)
-    except OSError:
+    except (OSError, HostError):
         tap.close()
         raise
     return tap

@@ -5,6 +5,7 @@ import pytest
 
 from kvmapp import cardfiles
 from kvmapp.config import InterfaceConfig
+from kvmapp.daemon import taps
 from kvmapp.errors import HostError
 
 
@@ -46,4 +47,22 @@ def test_no_half_of_the_queues_has_vhost(opened):
     assert cardfiles.open_vhost(card(queues=3, vhost="auto")) == opened == []
     with pytest.raises(HostError, match="Cannot open /dev/vhost-net for interface 1: Too many open files"):
         cardfiles.open_vhost(card(queues=3))
+    assert opened == []
+
+
+def test_a_tap_that_does_not_get_all_of_its_queues_is_not_left_open(monkeypatch):
+    """Its first descriptors would keep it in the host for as long as the daemon runs."""
+    opened: list[int] = []
+
+    def open_it(_path, _flags):
+        if len(opened) == 2:
+            raise OSError(24, "Too many open files")
+        opened.append(100 + len(opened))
+        return opened[-1]
+
+    monkeypatch.setattr(os, "open", open_it)
+    monkeypatch.setattr(os, "close", opened.remove)
+    monkeypatch.setattr(taps, "attach", lambda fd, name, flags: "vnet7")
+    with pytest.raises(HostError, match="Too many open files"):
+        taps.make_tap(card(queues=3, target=None))
     assert opened == []
