@@ -4,13 +4,11 @@ The chain stands at the tap's ingress, before the bridge, VLANs and the host see
 kernel takes its hook away with the tap. Checked are the sender's MAC and IP addresses in Ethernet, ARP, IPv4, IPv6 and neighbour
 discovery; dropped are answers of DHCP servers, router advertisements, redirects, tagged frames, and every other protocol.
 
-    nft_text(tap, mac, known, learned)    the table; `learned` None: only `known` addresses are the guest's own
+    nft_text(tap, mac, known, learns)     the table; `known` addresses are the guest's own, and the first that it uses if it `learns`
 
 Left out: what comes in, and iptables: ebtables and arptables have no step that replaces all rules at once.
 """
 from __future__ import annotations
-
-import json
 
 from kvmapp.daemon.hostnet import exists, find_program, run
 from kvmapp.errors import HostError
@@ -27,13 +25,15 @@ HINT = "it takes nftables, and a kernel whose nf_tables has the family netdev (L
 
 # What the kernel is told.
 
-def apply(heading: str, tap: str, mac: str, known: Iterable[str], learns: bool) -> None:
-    """Replaces the tap's table in one step; what it has learned stays. Raises HostError, and nothing is changed then."""
+def apply(heading: str, tap: str, mac: str, known: Iterable[str], learns: bool, *, new: bool = False) -> None:
+    """Replaces the tap's rules in one step; what it has learned stays, unless the tap is `new`: then a table that is there is of one
+    which had its name. Raises HostError, and nothing is changed then.
+    """
     what = f"filter {heading}'s tap '{tap}'"
     if not find_program("nft"):
         raise HostError(f"Cannot {what}: the program 'nft' is not installed", HINT)
     try:
-        run(["nft", "-f", "-"], what, nft_text(tap, mac, known, learned_by(tap) if learns else None))
+        run(["nft", "-f", "-"], what, nft_text(tap, mac, known, learns, new=new))
     except HostError as error:
         raise HostError(error.message, HINT) from None
 
@@ -58,33 +58,24 @@ def remove_stale() -> None:
             remove(table.removeprefix(PREFIX))
 
 
-def learned_by(tap: str) -> list[str]:
-    """What the table that is there has learned."""
-    try:
-        said = json.loads(run(["nft", "-j", "list", "set", "netdev", PREFIX + tap, "learned"], "look at a filter"))
-        return [str(one["elem"]["val"] if isinstance(one, dict) else one)
-                for part in said["nftables"] for one in part.get("set", {}).get("elem", ())]
-    except (HostError, ValueError, KeyError, TypeError):
-        return []                       # there is none yet
-
-
 # The table.
 
-def nft_text(tap: str, mac: str, known: Iterable[str], learned: Iterable[str] | None) -> str:
-    """One transaction: the first line makes `delete` possible where there is no table yet."""
+def nft_text(tap: str, mac: str, known: Iterable[str], learns: bool, *, new: bool) -> str:
+    """One transaction: the first line makes the second one possible where there is no table yet. `flush` takes the rules and leaves
+    the set, into which the guest may be putting its address just now.
+    """
     addresses = sorted(known)
     four, six = [one for one in addresses if ":" not in one], [one for one in addresses if ":" in one]
     table = f"table netdev {PREFIX}{tap}"
-    lines = [table, f"delete {table}", f"{table} {{"]
-    if learned is not None:
-        elements = ", ".join(learned)
-        lines += ["set learned {", "type ipv4_addr; flags dynamic; size 1;", *([f"elements = {{ {elements} }}"] if elements else []), "}"]
+    lines = [table, f"flush {table}" if learns and not new else f"delete {table}", f"{table} {{"]
+    if learns:
+        lines += ["set learned {", "type ipv4_addr; flags dynamic; size 1;", "}"]
     lines += chain("from_guest", f'type filter hook ingress device "{tap}" priority -500; policy drop;',
                    f"ether saddr != {mac} drop", "vlan id 0-4095 drop",
                    "ether type arp jump from_arp", "ether type ip jump from_ipv4", "ether type ip6 jump from_ipv6")
     lines += chain("from_arp", f"arp saddr ether != {mac} drop", "arp operation request arp saddr ip 0.0.0.0 accept",
-                   *own4("arp saddr ip", four, learned is not None))
-    lines += chain("from_ipv4", "udp sport 67 drop", "ip saddr 0.0.0.0 udp dport 67 accept", *own4("ip saddr", four, learned is not None))
+                   *own4("arp saddr ip", four, learns))
+    lines += chain("from_ipv4", "udp sport 67 drop", "ip saddr 0.0.0.0 udp dport 67 accept", *own4("ip saddr", four, learns))
     lines += chain("from_ipv6", *from_ipv6(mac, six))
     lines += chain("neighbour", *(f"{target_is(one)} return" for one in six), f"@th,128,64 != {eui64(mac):#018x} drop")
     return "\n".join([*lines, "}"]) + "\n"

@@ -41,7 +41,7 @@ def settle(card: InterfaceConfig, tap: str, bridge: str, known: Known) -> None:
     if card.vlan is not None:
         join_vlan(card, tap, bridge)
     if card.filter != "none":
-        cardfilter.apply(card.heading, tap, card.mac, known.addresses, known.learns)
+        cardfilter.apply(card.heading, tap, card.mac, known.addresses, known.learns, new=True)
     if shaping.is_limited(card):
         shaping.apply(card, tap)
 

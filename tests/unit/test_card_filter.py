@@ -18,17 +18,18 @@ def test_addresses_made_of_a_mac():
 
 
 def test_named_addresses_and_no_others():
-    text = cardfilter.nft_text("vnet0", MAC, ["192.0.2.1", "fd00::1"], None)
+    text = cardfilter.nft_text("vnet0", MAC, ["192.0.2.1", "fd00::1"], False, new=False)
     assert text.startswith("table netdev kvmapp-vnet0\ndelete table netdev kvmapp-vnet0\n") and "learned" not in text
     assert rules("from_arp", text) == [f"arp saddr ether != {MAC} drop", "arp operation request arp saddr ip 0.0.0.0 accept",
                                        "arp saddr ip { 192.0.2.1 } accept"]
     assert "@th,64,128 0xfd000000000000000000000000000001 return" in text
 
 
-def test_what_is_learned_stays_when_the_table_is_made_anew():
-    text = cardfilter.nft_text("vnet0", MAC, [], ["192.0.2.7"])
-    assert "elements = { 192.0.2.7 }" in text and "add @learned { ip saddr } accept" in rules("from_ipv4", text)
-    assert "elements" not in cardfilter.nft_text("vnet0", MAC, [], [])
+def test_what_is_learned_stays_when_the_rules_are_made_anew_for_the_same_tap():
+    text = cardfilter.nft_text("vnet0", MAC, [], True, new=False)
+    assert "\nflush table netdev kvmapp-vnet0\n" in text and "delete" not in text
+    assert "add @learned { ip saddr } accept" in rules("from_ipv4", text)
+    assert "\ndelete table netdev kvmapp-vnet0\n" in cardfilter.nft_text("vnet0", MAC, [], True, new=True)
 
 
 def card(**rates):
