@@ -179,11 +179,11 @@ cdef class Router(Waiter):
 
     cdef void give(self, const void* data, uint32_t length) noexcept nogil:
         """A frame for the guest. One for which there is no room is dropped; TCP sends it again."""
-        if length > STORE - LENGTH - self.end:
+        if self.end + LENGTH + length > STORE:
             memmove(self.store, self.store + self.first, self.end - self.first)
             self.end -= self.first
             self.first = 0
-            if length > STORE - LENGTH - self.end:
+            if self.end + LENGTH + length > STORE:
                 return
         memcpy(self.store + self.end, &length, LENGTH)
         memcpy(self.store + self.end + LENGTH, data, length)

@@ -205,6 +205,31 @@ def test_frames_that_a_guest_leaves_lying_have_a_limit_and_come_in_order(plug):
     assert next(number for number in iter(lambda: wire.hear(answer), None) if number >= 4000) == 5000
 
 
+def test_frames_that_a_guest_leaves_lying_never_go_beyond_their_store(plug):
+    """Not even when so little room is left that not even a frame's length fits in."""
+    wire = plug()
+    wire.say(EVERYBODY, ARP, arp(1, GUEST, ROUTER))
+    router = wire.hear(lambda is_ip, packet: packet[8:14] if not is_ip and packet[6:8] == b"\0\x02" else None)
+
+    def ping(number, length):
+        echo = struct.pack(">BBHHH", 8, 0, 0, 7, number) + bytes(length)
+        wire.say(router, IPV4, ip_packet(ICMP, GUEST, ROUTER, echo[:2] + struct.pack(">H", checksum(echo)) + echo[4:]))
+
+    def answer(is_ip, packet):
+        return struct.unpack(">H", packet[26:28])[0] if is_ip and packet[9] == ICMP and packet[20] == 0 else None
+    around = 4 + 14 + 28                                    # of what is kept of each: its length, and the headers
+    kept, room = divmod(4 << 20, around + 1400)
+    for number in range(kept + 50):                         # more than the card's buffers and the store take
+        ping(number, 1400)
+    ping(10_000, room - around - 2)                         # 2 bytes are left
+    ping(20_000, 0)
+    heard = []
+    while 10_000 not in heard:
+        heard.append(wire.hear(answer))
+    ping(30_000, 0)
+    assert wire.hear(answer) == 30_000
+
+
 def test_closing_gives_its_ports_back_and_ends_the_waiting(plug):
     port = free_port()
     wire = plug([f"tcp:{port}:22"])
