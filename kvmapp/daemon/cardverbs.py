@@ -17,9 +17,11 @@ from kvmapp.values import make_mac
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
     from kvmapp.config import InterfaceConfig
+
+    Cards = Callable[[list[dict]], list[dict]]          # what becomes of a configuration's cards
 
 SECTION = schema.DOMAIN.sections["interface"]
 ATTACH_TIMEOUT = 10.0                   # seconds
@@ -34,11 +36,15 @@ async def interface_attach(call: Call) -> dict:
         settings = {"mac": make_mac(), **parsed(SECTION, "new", call.body.get("settings", {}))}
         index = free_index(targets)
         settings = {key: value for key, value in settings.items() if value is not None}
-        after = [with_cards(one, [*cards_of(one), {"index": index, **settings}]) for one in targets]
+
+        def add(cards: list[dict]) -> list[dict]:
+            return [*cards, {"index": index, **settings}]
+        after = [with_cards(one, add(cards_of(one))) for one in targets]
         if live:
             await plug(call, domain, after[0], card_of(after[0], index))
+            change_live(domain, add)
         if config:
-            change_file(call, domain, interfaces=cards_of(after[-1]))
+            change_stored(call, domain, add)
         return changed(call, domain, card_of(after[0], index))
 
 
@@ -51,7 +57,7 @@ async def interface_detach(call: Call) -> dict:
         if live:
             await unplug(domain, found[0], view["warnings"])
         if config:
-            change_file(call, domain, interfaces=[one for one in cards_of(domain.want_persistent()) if one["index"] != found[-1].index])
+            change_stored(call, domain, lambda cards: [one for one in cards if one["index"] != found[-1].index])
         return {**view, "domain": domain.summary()}
 
 
@@ -67,13 +73,15 @@ async def interface_update(call: Call) -> dict:
             raise Unsupported(f"Cannot change {fixed[0]} of {before[0].heading} while domain '{domain.name}' runs",
                               "with --config it takes effect at the next start")
         settings = {key: SECTION.settings[key].default if value is None else value for key, value in settings.items()}
-        after = [with_cards(one, [{**card, **settings} if card["index"] == was.index else card for card in cards_of(one)])
-                 for one, was in zip(targets, before, strict=True)]
+
+        def alter(was: InterfaceConfig) -> Cards:
+            return lambda cards: [{**card, **settings} if card["index"] == was.index else card for card in cards]
+        after = [with_cards(one, alter(was)(cards_of(one))) for one, was in zip(targets, before, strict=True)]
         if live:
             await apply_live(call, domain, before[0], card_of(after[0], before[0].index))
-            set_live(domain, after[0])
+            change_live(domain, alter(before[0]))
         if config:
-            change_file(call, domain, interfaces=cards_of(after[-1]))
+            change_stored(call, domain, alter(before[-1]))
         return changed(call, domain, card_of(after[0], before[0].index))
 
 
@@ -147,6 +155,19 @@ def set_live(domain: Domain, config: DomainConfig) -> None:
     domain.record.save(domain.paths)
 
 
+def change_live(domain: Domain, change: Cards) -> None:
+    """Of the cards that are there by now: the guest may have let go of one while the verb was at work."""
+    domain.want_active()
+    assert domain.live
+    set_live(domain, with_cards(domain.live, change(cards_of(domain.live))))
+
+
+def change_stored(call: Call, domain: Domain, change: Cards) -> None:
+    """In the file as it is by now: an administrator may have changed it while the verb was at work."""
+    call.supervisor.refresh()
+    change_file(call, domain, interfaces=change(cards_of(domain.want_persistent())))
+
+
 async def plug(call: Call, domain: Domain, config: DomainConfig, card: InterfaceConfig) -> None:
     """Makes its tap, hands it to the domain process. Raises KvmappError; then nothing of it is left."""
     supervisor = call.supervisor
@@ -173,7 +194,6 @@ async def plug(call: Call, domain: Domain, config: DomainConfig, card: Interface
         raise KvmappError(f"Domain '{domain.name}' ended meanwhile")
     if tap:
         domain.record.taps[str(card.index)] = tap.name
-    set_live(domain, config)
 
 
 async def unplug(domain: Domain, card: InterfaceConfig, warnings: list[str]) -> None:

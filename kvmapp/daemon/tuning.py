@@ -78,7 +78,8 @@ async def tune(call: Call) -> dict:
         if live:
             await tune_live(call, domain, after[0])
         if config:
-            sections = after[-1].to_dict()
+            call.supervisor.refresh()                   # an administrator may have changed the file while the process was asked
+            sections = with_settings(domain.want_persistent(), settings).to_dict()
             change_file(call, domain, **{section.attribute: sections[section.attribute] for section in SECTIONS.values()})
     return call.changed(domain, list(after[0].warnings))
 
@@ -134,7 +135,9 @@ async def tune_live(call: Call, domain: Domain, after: DomainConfig) -> None:
             raise
         raise Unsupported(f"Domain '{domain.name}' cannot be tuned while it runs under this version of kvmapp",
                           "with --config it takes effect at the next start") from None
-    set_live(domain, after)
+    domain.want_active()
+    assert domain.live                  # its cards may be others by now
+    set_live(domain, DomainConfig.from_dict({**domain.live.to_dict(), **{name: sections[name] for name in PROCESS_SECTIONS}}))
 
 
 async def limit(call: Call, domain: Domain, before: DomainConfig, after: DomainConfig) -> None:

@@ -1,4 +1,8 @@
 """Cards that come, go and change, of the file and of the running domain: by cards of type user, which want no privileges."""
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from kvmapp import errors
@@ -134,3 +138,35 @@ def test_a_domain_that_knows_no_such_verb(running):
             running.post("web", *parts, **body)
         assert caught.value.hint == "with --config the change takes effect at the next start"
     assert list(cards(running)) == [MAC]
+
+
+def attach_while(host, do, **body):
+    """Attaches a card to a domain that stands still until `do` has been called."""
+    pid = host.domain("web")["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    with ThreadPoolExecutor() as clients:
+        try:
+            attached = clients.submit(host.post, "web", "interfaces", settings={"type": "user", "mac": "52:54:00:00:00:07"}, **body)
+            host.eventually(lambda: host.domain("web")["job"], "the job")
+            do()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        return attached.result()
+
+
+def test_a_file_that_is_changed_while_a_card_is_attached_keeps_the_change(running):
+    running.add("web", uuid=UUID, rest=USER)
+    running.post("web", "start")
+    attach_while(running, lambda: running.add("web", uuid=UUID, rest=USER + "link = down\n", title="Ann"), persistent=True)
+    assert cards(running, inactive=True)[MAC]["link"] == "down" and "52:54:00:00:00:07" in cards(running, inactive=True)
+    assert "title = Ann" in running.file("web").read_text()
+
+
+def test_a_card_that_goes_while_another_comes_is_gone(running):
+    running.add("web", uuid=UUID, rest=USER)
+    running.post("web", "start")
+    asking = []
+    attach_while(running, lambda: asking.append(running.tell("web", "detach-device", device="net0")))
+    running.eventually(lambda: MAC not in cards(running), "the end of the card")
+    assert list(cards(running)) == ["52:54:00:00:00:07"]
+    asking[0].close()
