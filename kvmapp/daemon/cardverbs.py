@@ -33,9 +33,9 @@ async def interface_attach(call: Call) -> dict:
     with domain.jobs.hold("attach-interface", call.who):
         live, config = chosen(call, domain)
         targets = configs(domain, live, config)
-        settings = {"mac": make_mac(), **parsed(SECTION, "new", call.body.get("settings", {}))}
+        settings = parsed(SECTION, "new", call.body.get("settings", {}))
         index = free_index(targets)
-        settings = {key: value for key, value in settings.items() if value is not None}
+        settings = {"mac": make_mac(), **{key: value for key, value in settings.items() if value is not None}}
 
         def add(cards: list[dict]) -> list[dict]:
             return [*cards, {"index": index, **settings}]

@@ -30,6 +30,7 @@ def test_a_card_is_attached_to_the_file_to_the_running_domain_or_both(host):
     assert all("52:54:00:00:00:08" in cards(host, inactive) for inactive in (False, True))
     host.post("web", "interfaces", settings={"type": "user", "mac": "52:54:00:00:00:09"}, config=True)
     assert "52:54:00:00:00:09" not in cards(host)
+    assert host.post("web", "interfaces", settings={"type": "user", "mac": ""})["interface"]["mac"].startswith("52:54:00:")
     host.kill()
     host.start()
     assert "52:54:00:00:00:07" in cards(host), "the next daemon knows of it"
