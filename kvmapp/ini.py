@@ -219,9 +219,9 @@ def quote(value: str) -> str:
                       "leave out one kind of quotes")
 
 
-def write_atomically(path: str, text: str, mode: int = 0o600) -> None:
+def write_atomically(path: str, text: str, mode: int = 0o600, *, before: str | None = None) -> None:
     """Either the whole new text stands in the file or the old one, whatever happens; mode and owner stay as they
-    were.
+    were. `before`: the text that the new one was made from; another one that stands there by now is left there.
     """
     path = os.path.realpath(path)
     folder = os.path.dirname(path)
@@ -234,6 +234,8 @@ def write_atomically(path: str, text: str, mode: int = 0o600) -> None:
                 stream.write(text.encode())
                 stream.flush()
                 os.fsync(fd)
+            if before is not None and read_text(path) != before:
+                raise ConfigError("was changed meanwhile: it is left as it is", "do it again", file=path)
             os.rename(temporary, path)
         except BaseException:
             os.unlink(temporary)

@@ -286,12 +286,13 @@ def write_file(path: str, config: FileConfig, check: Callable[[str], FileConfig]
     """
     from kvmapp.ini import Ini, read_text, write_atomically
     path = os.path.abspath(path)
-    ini = Ini(read_text(path) if os.path.lexists(path) else "", path)
+    before = read_text(path) if os.path.lexists(path) else None
+    ini = Ini(before or "", path)
     apply(ini, config, os.path.dirname(path))
     text = ini.render()
     if check(text) != config:
         raise ConfigError("the file as it would be written reads back differently; it was left as it is", file=path)
-    write_atomically(path, text)
+    write_atomically(path, text, before=before)
 
 
 def apply(ini: Ini, config: FileConfig, folder: str) -> None:

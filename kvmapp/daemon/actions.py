@@ -322,11 +322,11 @@ def scope(call: Call, domain: Domain) -> tuple[bool, bool]:
 
 
 def change_file(call: Call, domain: Domain, **values: object) -> None:
-    """Rewrites these settings in the domain's file; checked as a whole before it is saved."""
+    """Rewrites these settings in the domain's file, as it is by now; checked as a whole before it is saved."""
+    call.supervisor.refresh()
     config = DomainConfig.from_dict({**domain.want_persistent().to_dict(), **values})
-    path = domain.paths.domain_config(domain.name)
-    write_domain(path, config)
-    call.supervisor.store.take_over(config, path)
+    write_domain(domain.paths.domain_config(domain.name), config)
+    call.supervisor.store.take_over(domain.name)
     call.supervisor.tell(domain.name, "Defined", "Updated")
 
 

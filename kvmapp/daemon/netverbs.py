@@ -144,16 +144,18 @@ async def network_update(call: Call) -> dict:
         if key not in body:
             raise UsageError(f"net-update: {key} is missing")
     both = bool(body.get("live")) == bool(body.get("config"))
-    stored = live = None
-    if body.get("config") or (both and one.stored is not None):
+    live, config = None, bool(body.get("config") or (both and one.stored is not None))
+    if config:
         want_persistent(one)
-        stored = updated(one.store.config(one.name), body)
+        updated(one.store.config(one.name), body)
     if body.get("live") or (both and one.active):
         live = updated(networks.want_active(one), body)
     if live is not None:
         await networks.update(one, live)
-    if stored is not None:
-        one.store.put(stored, one.store.text(one.name))
+    if config:                          # an administrator may have changed the file while the network was
+        networks.refresh()
+        text = one.store.text(one.name)
+        one.store.put(updated(one.store.config(one.name), body), text, text)
     return changed(one)
 
 

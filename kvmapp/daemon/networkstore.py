@@ -107,32 +107,32 @@ class NetworkStore:
         adopt(config, old.config if old else None)
         return config
 
-    def put(self, config: NetworkConfig, text: str) -> bool:
-        """Makes this the network's file: `text` with what differs changed. Returns whether it is a new one."""
+    def put(self, config: NetworkConfig, text: str, before: str | None = None) -> bool:
+        """Makes this the network's file: `text` with what differs changed. Returns whether it is a new one. `before`: what is there."""
         old = self.files.get(config.name)
         if old and old.config and old.config.uuid != config.uuid:
             raise NameInUse(f"network '{config.name}' already exists with uuid {old.config.uuid}",
                             "leave uuid out to change that network, or give this one another name")
         self.check_identity(config)
         path = self.path(config.name)
-        write_atomically(path, render(config, text, path))
-        self.take_over(config, path)
+        write_atomically(path, render(config, text, path), before=before)
+        self.take_over(config.name)
         return old is None
 
-    def take_over(self, config: NetworkConfig, path: str) -> None:
-        stored = StoredNetwork(config.name, path, status_key(path))
-        stored.config = config
-        self.files[config.name] = stored
+    def take_over(self, name: str) -> None:
+        """As Store.take_over."""
+        self.files[name] = self.read(name, self.path(name), status_key(self.path(name)), self.files.get(name))
 
     def replace(self, name: str, text: str, digest: str | None, digest_of) -> NetworkConfig:
         """`net-edit`: the new text, if the file is still what it was made from. A broken file may be mended so."""
-        if digest is not None and digest != digest_of(self.text(name)):
+        before = None if digest is None else self.text(name)
+        if before is not None and digest != digest_of(before):
             raise Changed(f"The file of network '{name}' was changed meanwhile", "edit it again: your text was not saved")
         config = self.parse(text, self.path(name))
         if config.name != name:
             raise ConfigError(f"name = {config.name!r}: net-edit does not rename network '{name}'",
                               "net-define the text, then net-undefine the old network")
-        self.put(config, text)
+        self.put(config, text, before)
         return config
 
     def keep_made(self, name: str, *, patient: bool = True) -> None:
@@ -142,7 +142,7 @@ class NetworkStore:
             if patient and abs(time.time() - stored.key[0] / 1e9) < SETTLED:
                 return
             write_network(stored.path, stored.config)
-            stored.config.made, stored.key = (), status_key(stored.path)
+            self.take_over(name)
 
     def remove(self, name: str) -> None:
         path = self.files[name].path

@@ -121,14 +121,14 @@ class Store:
 
     def write_made(self) -> None:
         """Stores UUIDs and MACs that were made, once whoever writes the file is done with it."""
-        for stored in self.files.values():
+        for stored in list(self.files.values()):
             if stored.unwritten and stored.config and stored.settled and status_key(stored.path) == stored.key:
                 try:
                     write_domain(stored.path, stored.config)
                 except KvmappError as error:
                     self.warnings.append(f"domain '{stored.name}' has no lasting uuid: {error}")
                 else:
-                    stored.unwritten, stored.key = False, status_key(stored.path)
+                    self.take_over(stored.name)
 
     def config(self, name: str) -> DomainConfig:
         """Raises DomainNotFound, or the reason why the file is broken."""
@@ -167,13 +167,13 @@ class Store:
         adopt(config, old.config if old else None)
         return config
 
-    def put(self, config: DomainConfig, text: str) -> bool:
-        """Makes this the domain's file: `text` with what differs changed. Returns whether it is a new one."""
+    def put(self, config: DomainConfig, text: str, before: str | None = None) -> bool:
+        """Makes this the domain's file: `text` with what differs changed. Returns whether it is a new one. `before`: what is there."""
         self.check_identity(config)
         path = self.paths.domain_config(config.name)
         created = config.name not in self.files
-        write_atomically(path, render(text, config, path))
-        self.take_over(config, path)
+        write_atomically(path, render(text, config, path), before=before)
+        self.take_over(config.name)
         return created
 
     def check_identity(self, config: DomainConfig) -> None:
@@ -186,19 +186,20 @@ class Store:
             raise NameInUse(f"domain '{owner}' is already defined with uuid {config.uuid}",
                             "leave uuid out and one is made; to rename a domain: kvmappctl domrename")
 
-    def take_over(self, config: DomainConfig, path: str) -> None:
-        stored = Stored(config.name, path, status_key(path))
-        stored.config = config
-        self.files[config.name] = stored
+    def take_over(self, name: str) -> None:
+        """A file that was just written, as it is by now: somebody else may have written it since."""
+        path = self.paths.domain_config(name)
+        self.files[name] = self.read(name, path, status_key(path), self.files.get(name))
 
     def replace(self, name: str, text: str, digest: str | None, digest_of) -> DomainConfig:
         """`edit`: the new text, if the file is still what it was made from. A broken file may be mended so."""
-        if digest is not None and digest != digest_of(self.text(name)):
+        before = None if digest is None else self.text(name)
+        if before is not None and digest != digest_of(before):
             raise Changed(f"The file of domain '{name}' was changed meanwhile", "edit it again: your text was not saved")
         config = self.parse(text, self.paths.domain_config(name))
         if config.name != name:
             raise ConfigError(f"name = {config.name!r}: edit does not rename domain '{name}'", "kvmappctl domrename does")
-        self.put(config, text)
+        self.put(config, text, before)
         return config
 
     def remove(self, name: str) -> None:
@@ -247,7 +248,7 @@ class Store:
             raise
         self.finish_rename()
         del self.files[old]
-        self.take_over(config, path)
+        self.take_over(new)
 
     def finish_rename(self) -> None:
         """What the note says and is not done yet. Before the new file stands whole, nothing has happened."""

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmapp.config import BalloonConfig, DiskConfig, DomainConfig, RngConfig, SerialConfig, read_domain, write_domain
+from kvmapp.daemon.paths import Paths
+from kvmapp.daemon.store import Store
 from kvmapp.errors import ConfigError
 from kvmapp.hostinfo import user_name, why_no_access
 from kvmapp.ini import Ini, clear_leftovers, quote
@@ -270,3 +272,39 @@ def test_no_text_raises_anything_but_configerror(text):
     again = Ini(ini.render())
     assert again.sections == ini.sections
     assert all(ini.line_of(heading, key) for heading, values in ini.sections.items() for key in values)
+
+
+def test_what_somebody_writes_while_we_do_is_kept(path, monkeypatch):
+    """A disk may take seconds to sync."""
+    config = read_domain(str(path))
+    config.vcpus = 4
+    theirs = FILE.replace("1024", "2048")
+    sync = os.fsync
+
+    def sync_slowly(fd):
+        path.write_text(theirs)
+        sync(fd)
+
+    monkeypatch.setattr(os, "fsync", sync_slowly)
+    with pytest.raises(ConfigError, match="was changed meanwhile"):
+        write_domain(str(path), config)
+    assert path.read_text() == theirs and os.listdir(path.parent) == [path.name]
+
+
+def test_what_somebody_writes_right_after_us_is_seen(tmp_path, monkeypatch):
+    paths = Paths(str(tmp_path))
+    os.makedirs(paths.domains)
+    store = Store(paths)
+    text = "name = web\nmemory = 64 MiB\n"
+    config = store.parse(text, None)
+    theirs = f"name = web\nuuid = {config.uuid}\nmemory = 128 MiB\n"
+
+    def sync_slowly(folder):
+        path = os.path.join(folder, "web.conf")
+        with open(path, "w") as file:
+            file.write(theirs)
+
+    monkeypatch.setattr("kvmapp.ini.sync_folder", sync_slowly)
+    store.put(config, text)
+    store.refresh()
+    assert store.config("web").memory == 128 << 20
