@@ -29,6 +29,7 @@ SOCKET = "/run/kvmapp/kvmapp.sock"
 READ_ONLY_SOCKET = "/run/kvmapp/kvmapp-sock-ro"
 HOW_TO_START = "start it: /etc/init.d/kvmapp start"
 UNRESERVED = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~")
+ANSWER_LIMIT = 4 << 20                  # bytes of a domain's answer
 ADDRESS_LIMIT = 107                     # bytes of sockaddr_un.sun_path without its NUL, unix(7)
 
 
@@ -288,12 +289,17 @@ def converse(connection: socket, control: str, verb: str, arguments: dict, descr
             if not part:
                 raise ConnectionFailed(f"The domain at '{control}' ended")
             data += part
+            if len(data) > ANSWER_LIMIT:
+                raise ConnectionFailed(f"The domain at '{control}' answers with more than {ANSWER_LIMIT >> 20} MiB")
     except TimeoutError:
         raise NoResponse(f"The domain at '{control}' does not answer", "kvmappctl destroy ends it") from None
     except OSError as error:
         raise ConnectionFailed(f"The domain at '{control}' ended: {error.strerror}") from None
     line, _, rest = data.partition(b"\n")
     answer = decode(line)
-    if "error" in answer:
-        raise error_from_dict(answer["error"])
-    return answer.get("ok", {}), rest
+    refusal, ok = answer.get("error"), answer.get("ok")
+    if isinstance(refusal, dict):
+        raise error_from_dict(refusal)
+    if not isinstance(ok, dict):
+        raise KvmappError(f"The domain at '{control}' answers with something that is no answer")
+    return ok, rest

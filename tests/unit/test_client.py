@@ -1,4 +1,5 @@
 """The tools' client against a peer that says exactly what the test wants, the worst included."""
+import contextlib
 import json
 import socket
 import threading
@@ -25,7 +26,8 @@ class Peer:
             with connection:
                 for answer in script:
                     self.requests.append(connection.recv(65536))
-                    connection.sendall(answer)
+                    with contextlib.suppress(BrokenPipeError):      # the client has heard enough
+                        connection.sendall(answer)
         self.listener.close()
 
 
@@ -166,3 +168,13 @@ def test_client_is_light():
     slow = ("re", "enum", "json", "socket", "http", "asyncio")
     program = f"import sys, kvmapp.client; print(*(name for name in {slow} if name in sys.modules))"
     assert subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+@pytest.mark.parametrize("said", [b"x" * (5 << 20), b'{"error": "x"}\n', b'{"ok": [1]}\n'])
+def test_what_a_domain_says_is_bounded_and_not_believed(tmp_path, said):
+    """A guest may have taken its process over; the daemon asks it as well."""
+    Peer(tmp_path / "s", [said])
+    try:
+        assert client.ask_domain(str(tmp_path / "s"), "status", timeout=60) == {}
+    except errors.KvmappError as error:
+        assert "answers" in error.message
