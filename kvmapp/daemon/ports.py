@@ -48,14 +48,20 @@ def settle(card: InterfaceConfig, tap: str, bridge: str, known: Known) -> None:
 
 def join_vlan(card: InterfaceConfig, tap: str, bridge: str) -> None:
     """The only one of this port; frames leave and enter it without a tag."""
-    what = f"put {card.heading} into VLAN {card.vlan}"
-    if not filters_vlans(bridge):
-        raise HostError(f"Cannot {what}: bridge '{bridge}' does not filter VLANs", f"ip link set {bridge} type bridge vlan_filtering 1")
+    what = want_vlans(card, bridge)
     for port in json.loads(run(["bridge", "-json", "vlan", "show", "dev", tap], what) or "[]"):
         for vlan in port.get("vlans", ()):
             if vlan["vlan"] != card.vlan:
                 run(["bridge", "vlan", "del", "dev", tap, "vid", str(vlan["vlan"])], what)
     run(["bridge", "vlan", "add", "dev", tap, "vid", str(card.vlan), "pvid", "untagged"], what)
+
+
+def want_vlans(card: InterfaceConfig, bridge: str) -> str:
+    """What is to be done, in words. Raises HostError."""
+    what = f"put {card.heading} into VLAN {card.vlan}"
+    if not filters_vlans(bridge):
+        raise HostError(f"Cannot {what}: bridge '{bridge}' does not filter VLANs", f"ip link set {bridge} type bridge vlan_filtering 1")
+    return what
 
 
 def filters_vlans(bridge: str) -> bool:
@@ -72,6 +78,14 @@ def is_loose(tap: str, bridge: str) -> bool:
 
 
 def put_back(card: InterfaceConfig, tap: str, bridge: str) -> None:
+    """Raises HostError; then it is in no bridge, rather than in one without its VLAN."""
+    if card.vlan is None:
+        add_port(bridge, tap)
+        return
+    what = want_vlans(card, bridge)
     add_port(bridge, tap)
-    if card.vlan is not None:
+    try:
         join_vlan(card, tap, bridge)
+    except HostError:
+        run(["ip", "link", "set", "dev", tap, "nomaster"], what)
+        raise

@@ -1,9 +1,11 @@
 """What a filter tells nft, and what rates tell tc: texts, without a host that changes."""
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from kvmapp.daemon import cardfilter, shaping
+from kvmapp.daemon import cardfilter, ports, shaping
+from kvmapp.errors import HostError
 
 MAC = "52:54:00:7f:0d:cb"
 
@@ -44,3 +46,22 @@ def card(**rates):
 def test_rates(rates, words):
     lines = shaping.to_guest(card(**rates), "t") + shaping.from_guest(card(**rates), "t")
     assert bool(lines) == bool(words) and all(any(one in line for line in lines) for one in words)
+
+
+@pytest.mark.parametrize("filters", [False, True])
+def test_a_port_that_cannot_have_its_vlan_is_not_put_back(monkeypatch, filters):
+    """Into a bridge that was made anew: it would be in that one's own VLAN."""
+    ports_there: set[str] = set()
+
+    def run(words, what):
+        if words == ["ip", "link", "set", "dev", "vnet0", "nomaster"]:
+            ports_there.clear()
+            return ""
+        raise HostError(f"Cannot {what}")
+    monkeypatch.setattr(ports, "filters_vlans", lambda bridge: filters)
+    monkeypatch.setattr(ports, "add_port", lambda bridge, tap: ports_there.add(tap))
+    monkeypatch.setattr(ports, "run", run)
+    section: Any = SimpleNamespace(heading="interface 0", vlan=20)
+    with pytest.raises(HostError, match="Cannot put interface 0 into VLAN 20"):
+        ports.put_back(section, "vnet0", "br0")
+    assert ports_there == set()
