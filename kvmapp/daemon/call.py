@@ -10,6 +10,7 @@ from kvmapp.daemon import shapes
 from kvmapp.daemon.routes import Route
 from kvmapp.errors import KvmappError, UsageError
 from kvmapp.hostinfo import user_name
+from kvmapp.values import is_label
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -83,10 +84,11 @@ def caller(connection: socket.socket | None) -> str:
         return "unknown"
     pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     try:
-        with open(f"/proc/{pid}/comm") as comm:
-            program = comm.read().strip()
+        with open(f"/proc/{pid}/comm", "rb") as comm:           # 15 bytes, which may end within a letter
+            program = comm.read().decode("utf-8", "replace").strip()
     except OSError:
         program = ""
+    program = program if is_label(program) else ""
     return f"{user_name(uid)} (pid {pid}{', ' if program else ''}{program})"
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvmapp.config import DiskConfig, InterfaceConfig
 
 PATIENCE = 0.5                          # seconds
+COUNTER_LIMIT = 1 << 64
 COUNTERS = {"reqs": "requests", "bytes": "bytes", "ns": "nanoseconds"}
 LIST_LIMIT = 1024
 # virsh's names of the guest's figures (dommemstat), out of those of virtio/balloon.pyx
@@ -47,6 +48,8 @@ async def running_stats(domain: Domain) -> dict:
                 await asyncio.sleep(GUEST_PATIENCE)     # by asking, the guest was told to find out
                 told = await process.ask("stats", PATIENCE)
             domain.stats = (time.time(), time.monotonic(), told)
+    if domain.process is not process:           # it has ended meanwhile
+        return empty_stats(domain)
     when, measured, told = domain.stats or (None, 0.0, {})
     times = cpu_times_of(process.pid)
     devices = table(told.get("devices"))
@@ -81,7 +84,7 @@ def table(value: object) -> dict:
 
 
 def count(value: object) -> int:
-    return value if type(value) is int and value >= 0 else 0
+    return value if type(value) is int and 0 <= value < COUNTER_LIMIT else 0
 
 
 def kvm_counters(told: dict, number: int) -> dict[str, int]:

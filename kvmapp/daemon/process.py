@@ -234,7 +234,7 @@ class DomainProcess:
     def hear(self, event: dict) -> None:
         kind = event.get("type")
         if kind in (None, "lifecycle"):
-            self.take_status({**self.status, **event})
+            self.take_status({**self.status, **{key: event[key] for key in ("state", "reason") if key in event}})
         elif kind in TOLD and isinstance(detail := event.get(TOLD[kind]), str) and is_label(detail):
             self.told(kind, detail)
 
