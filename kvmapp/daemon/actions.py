@@ -119,7 +119,9 @@ async def undefine(call: Call) -> dict:
         store.remove(domain.name)
         names = [disk.name for disk in config.disks] if everything and config else (wanted or "").split(",") if wanted else []
         job.progress = "removing storage"
-        gone, left = await asyncio.to_thread(remove_storage, config, names, list(store.files.values()))
+        others = [(one.name, theirs) for one in call.supervisor.domains.values() if one is not domain
+                  for theirs in (one.live, one.stored.config if one.stored else None) if theirs]
+        gone, left = await asyncio.to_thread(remove_storage, config, names, others)
     if os.path.exists(log := call.supervisor.paths.domain_log(domain.name)):
         left.append(f"log {log}")
     call.supervisor.tell(domain.name, "Undefined", "Removed")

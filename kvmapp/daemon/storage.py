@@ -6,10 +6,11 @@ import os
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvmapp.config import DiskConfig, DomainConfig
-    from kvmapp.daemon.store import Stored
+
+    Others = list[tuple[str, DomainConfig]]             # domains that are defined, and those that run
 
 
-def remove_storage(config: DomainConfig | None, names: list[str], others: list[Stored]) -> tuple[list[str], list[str]]:
+def remove_storage(config: DomainConfig | None, names: list[str], others: Others) -> tuple[list[str], list[str]]:
     """Removes these disks' files. Returns what was removed and what was left, with the reason, in words."""
     removed, left = [], []
     disks = {disk.name: disk for disk in config.disks} if config else {}
@@ -33,14 +34,14 @@ def remove_storage(config: DomainConfig | None, names: list[str], others: list[S
     return removed, left
 
 
-def why_kept(disk: DiskConfig, others: list[Stored]) -> str | None:
+def why_kept(disk: DiskConfig, others: Others) -> str | None:
     """What speaks against removing it; None when nothing does."""
     if disk.readonly:
         return "readonly, so it may be others' too"
     if os.path.exists(disk.source) and not os.path.isfile(disk.source):
         return "a device, not a file"
-    for stored in others:
-        for theirs in stored.config.disks if stored.config else ():
+    for name, config in others:
+        for theirs in config.disks:
             if os.path.realpath(theirs.source) == os.path.realpath(disk.source):
-                return f"domain '{stored.name}' uses it too"
+                return f"domain '{name}' uses it too"
     return None

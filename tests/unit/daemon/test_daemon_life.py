@@ -151,16 +151,18 @@ def test_undefine_says_what_it_left(running, tmp_path):
 
 
 def test_undefine_with_storage_keeps_what_is_shared(running, tmp_path):
-    own, shared = tmp_path / "own.img", tmp_path / "shared.img"
-    for image in (own, shared):
+    own, shared, busy = tmp_path / "own.img", tmp_path / "shared.img", tmp_path / "busy.img"
+    for image in (own, shared, busy):
         image.write_bytes(b"\0" * 512)
-    disks = f"[disk vda]\nsource = {own}\n[disk vdb]\nsource = {shared}\n"
+    disks = f"[disk vda]\nsource = {own}\n[disk vdb]\nsource = {shared}\n[disk vdc]\nsource = {busy}\n"
     running.define(WEB + disks)
     running.define(WEB.replace("web", "mail") + f"[disk vda]\nsource = {shared}\n")
+    running.define(WEB.replace("web", "news") + f"[disk vda]\nsource = {busy}\n", transient=True)
     with running.client() as client:
         answer = client.delete(of("web"), remove_all_storage=True)
-    assert f"disk vda ({own})" in answer["removed"] and answer["left"] == [f"disk vdb ({shared}): domain 'mail' uses it too"]
-    assert not own.exists() and shared.exists()
+    assert f"disk vda ({own})" in answer["removed"] and answer["left"] == [
+        f"disk vdb ({shared}): domain 'mail' uses it too", f"disk vdc ({busy}): domain 'news' uses it too"]
+    assert not own.exists() and shared.exists() and busy.exists()
 
 
 def test_undefine_of_a_running_domain_leaves_it_transient(running):
