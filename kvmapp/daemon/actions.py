@@ -59,6 +59,7 @@ async def define(call: Call) -> dict:
         raise NameInUse(f"Guest name '{config.name}' is already in use.", "choose another name, or undefine that domain first")
     if old is not None and old.active and old.uuid != config.uuid:
         raise NameInUse(f"domain '{config.name}' is already active with uuid {old.uuid}")
+    supervisor.check_identity(config)
     domain = supervisor.domains.setdefault(config.name, old or supervisor.make(config.name))
     with domain.jobs.hold("define", call.who):
         warnings = [*config.warnings, *supervisor.store.mac_clashes(config)]
@@ -73,7 +74,7 @@ async def create(call: Call, config: DomainConfig) -> dict:
     domain = supervisor.domains.get(config.name)
     if domain is not None and domain.active:
         raise DomainRunning(f"domain '{config.name}' is already active", f"kvmappctl domstate {config.name}")
-    supervisor.store.check_identity(config)
+    supervisor.check_identity(config)
     domain = supervisor.domains.setdefault(config.name, domain or supervisor.make(config.name))
     try:
         warnings = await start_domain(supervisor, domain, call.who, paused=call.body.get("paused", False), config=config)
@@ -139,6 +140,8 @@ async def rename(call: Call) -> dict:
                           f"start it, or give the image up: kvmappctl managedsave-remove {domain.name}")
     if new == domain.name:
         raise UsageError("Can't rename domain to itself")
+    if new in supervisor.domains:                       # perhaps without a file: a transient one
+        raise NameInUse(f"domain '{new}' already exists")
     with domain.jobs.hold("rename", call.who):
         supervisor.store.rename(domain.name, new)
         old_log = supervisor.paths.domain_log(domain.name)

@@ -60,7 +60,7 @@ async def restore(call: Call) -> dict:
         domain = supervisor.domains.get(config.name)
         if domain is not None and domain.active:
             raise DomainRunning(f"domain '{config.name}' is already active", f"end it first: kvmappctl destroy {config.name}")
-        supervisor.store.check_identity(config)
+        supervisor.check_identity(config)
         domain = supervisor.domains.setdefault(config.name, domain or supervisor.make(config.name))
         try:
             warnings = await start_domain(supervisor, domain, call.who, paused=call.body.get("paused", False), config=config, state=fd)

@@ -25,7 +25,7 @@ from kvmapp.daemon.process import LAST_BREATH, DomainProcess
 from kvmapp.daemon.saving import clear_images
 from kvmapp.daemon.spawn import Zygote
 from kvmapp.daemon.store import Store, not_found
-from kvmapp.errors import KvmappError
+from kvmapp.errors import KvmappError, NameInUse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -99,6 +99,13 @@ class Supervisor:
         if reference not in self.domains:
             raise not_found(reference, self.domains)
         return self.domains[reference]
+
+    def check_identity(self, config: DomainConfig) -> None:
+        """A UUID is one domain's, also that of one which runs without a file. Raises NameInUse."""
+        self.store.check_identity(config)
+        for domain in self.active():
+            if domain.uuid == config.uuid and domain.name != config.name:
+                raise NameInUse(f"domain '{domain.name}' is already defined with uuid {config.uuid}", "leave uuid out and one is made")
 
     def listed(self) -> list[Domain]:
         self.refresh()

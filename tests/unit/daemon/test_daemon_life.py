@@ -230,3 +230,15 @@ def test_each_domain_has_a_control_group_that_goes_with_it(running):
     running.eventually(lambda: members() == [[str(pid)]] * len(bases))
     running.post("web", "destroy")
     running.eventually(lambda: not any(Path(base, "domain-web").exists() for base in bases))
+
+
+def test_a_transient_domain_that_runs_keeps_its_name_and_its_uuid(running):
+    running.define(transient=True)
+    uuid = running.domain("web")["uuid"]
+    running.add("mail")
+    with pytest.raises(errors.NameInUse, match="domain 'web' already exists"):
+        running.post("mail", "rename", name="web")
+    for transient in (False, True):
+        with pytest.raises(errors.NameInUse, match=f"domain 'web' is already defined with uuid {uuid}"):
+            running.define(f"name = news\nuuid = {uuid}\nmemory = 64\n", transient=transient)
+    assert running.states() == {"web": "running", "mail": "shut off"}
