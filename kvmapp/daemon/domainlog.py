@@ -54,9 +54,12 @@ def rotate(path: str, limit: int, backups: int, *, in_use: bool) -> None:
 
 
 def copy_and_cut(path: str, backup: str) -> None:
+    """What there is now and no more: a process may write faster than we copy."""
     with open(path, "rb") as log, open(backup, "wb", opener=private) as copy:
-        while data := log.read(BLOCK):
+        left = os.fstat(log.fileno()).st_size
+        while left and (data := log.read(min(BLOCK, left))):
             copy.write(data)
+            left -= len(data)
     os.truncate(path, 0)
 
 

@@ -1,11 +1,12 @@
 """What a domain process says, and what a caller is called, as the daemon takes it: without a daemon."""
 import asyncio
+import io
 import json
 import socket
 from types import SimpleNamespace
 from typing import Any
 
-from kvmapp.daemon import counters
+from kvmapp.daemon import counters, domainlog
 from kvmapp.daemon.call import caller
 from kvmapp.daemon.process import DomainProcess
 
@@ -43,3 +44,22 @@ def test_a_program_whose_name_is_cut_within_a_letter_is_served():
                 assert caller(ours).isprintable() and shown in caller(ours)
         finally:
             comm.write(before.strip())
+
+
+def test_a_log_that_grows_while_it_is_set_aside_is_set_aside_all_the_same(tmp_path, monkeypatch):
+    path = tmp_path / "web.log"
+    path.write_bytes(b"x" * 100)
+
+    class Growing(io.FileIO):
+        def read(self, size=-1):
+            assert path.stat().st_size < 1000, "it runs after its own end"
+            with open(path, "ab") as log:
+                log.write(b"y" * 100)
+            return super().read(size)
+
+    def open_it(file, mode, **more):
+        return Growing(file) if file == str(path) else open(file, mode, **more)
+
+    monkeypatch.setattr(domainlog, "open", open_it, raising=False)
+    domainlog.rotate(str(path), 10, 1, in_use=True)
+    assert path.stat().st_size == 0 and (tmp_path / "web.log.1").read_bytes() == b"x" * 100
