@@ -121,6 +121,7 @@ class DomainProcess:
         self.status: dict = {}
         self.state, self.reason = "paused", "starting up"
         self.since = time.time()
+        self.news = False                       # within `changed`: its state has just become another one, or the same anew
         self.silent = False
         self.ended = False
         self.over = asyncio.Event()             # the process has ended
@@ -234,20 +235,23 @@ class DomainProcess:
     def hear(self, event: dict) -> None:
         kind = event.get("type")
         if kind in (None, "lifecycle"):
-            self.take_status({**self.status, **{key: event[key] for key in ("state", "reason") if key in event}})
+            self.take_status({**self.status, **{key: event[key] for key in ("state", "reason") if key in event}}, told=True)
         elif kind in TOLD and isinstance(detail := event.get(TOLD[kind]), str) and is_label(detail):
             self.told(kind, detail)
 
-    def take_status(self, status: dict) -> None:
-        """What the process says of itself, as far as it is plausible."""
+    def take_status(self, status: dict, *, told: bool = False) -> None:
+        """What the process says of itself, as far as it is plausible; `told` by itself, for something has happened."""
+        known = bool(self.status)
         state, reason = STATES.get(str(status.get("state")), self.state), status.get("reason")
         reason = reason if isinstance(reason, str) and is_label(reason) else "unknown"
         if status.get("state") == "starting":
             reason = "starting up"
         self.status = status
-        if (state, reason) != (self.state, self.reason):
+        if told or (state, reason) != (self.state, self.reason):
             self.state, self.reason, self.since = state, reason, time.time()
+            self.news = known
             self.changed()
+            self.news = False
 
     def set_silent(self, silent: bool) -> None:
         if silent != self.silent:

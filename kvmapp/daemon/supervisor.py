@@ -309,13 +309,13 @@ class Supervisor:
         domain.notify()
         if process is None or process.ended or (domain.jobs.current and domain.jobs.current.verb == "start"):
             return
-        if process.silent:
+        if process.news and (process.state, process.reason) == ("running", "booted"):
+            self.events.publish("reboot", domain.name, uuid=domain.uuid, id=domain.id)
+        elif process.news:
+            self.tell(domain.name, *EVENTS[process.state])
+        elif process.silent:
             log.warning("domain '%s' does not answer (pid %d)", domain.name, process.pid)
             self.events.publish("domain-broken", domain.name, uuid=domain.uuid, id=domain.id, detail="no response")
-        elif process.state == "running" and process.reason == "booted":
-            self.events.publish("reboot", domain.name, uuid=domain.uuid, id=domain.id)
-        else:
-            self.tell(domain.name, *EVENTS[process.state])
 
     def process_gone(self, domain: Domain) -> None:
         """A start that fails clears up after itself."""
