@@ -90,7 +90,8 @@ class Machine:
         self.cards: dict[str, Any] = {}                 # by name of the virtio device: its card or window
         self.threads: list[IoThread] = []
         self.card_threads: dict[str, list[IoThread]] = {}           # of each network card
-        self.running = self.vcpus_started = False
+        self.running = False
+        self.vcpus_started = False
         self.characters: list[tuple] = []
         self.debug_console: CharBackend | None = None
         try:
@@ -482,7 +483,8 @@ class Machine:
 
     def _character(self, name: str, section) -> CharBackend:
         backend = CharBackend(name)
-        backend.discard(section.type == "null")
+        if section.type == "null":
+            backend.discard(True)
         self.characters.append((name, backend, section))
         return backend
 
@@ -490,11 +492,3 @@ class Machine:
         thread = IoThread(name, poll=poll)
         self.threads.append(thread)
         return thread
-
-
-def preload_devices() -> None:
-    """Imports what a machine imports when its configuration asks for it; for a process that will make many machines."""
-    from importlib import import_module
-    for name in ("block.opening", "hw.e1000", "hw.i6300esb", "hw.pvpanic", "net.tap", "virtio.balloon", "virtio.blk", "virtio.console",
-                 "virtio.fs", "virtio.net", "virtio.rng", "virtio.vsock"):
-        import_module(f"kvmapp.{name}")

@@ -12,7 +12,7 @@ from kvmapp.console import ConsolePort, LogPort, Sink, open_log, open_sink
 from kvmapp.devices import PowerEvent, set_log
 from kvmapp.errors import BadRequest, KvmappError
 from kvmapp.loop import Loop
-from kvmapp.machine import Machine, preload_devices
+from kvmapp.machine import Machine
 from kvmapp.vmdevices import DeviceVerbs, wanted
 
 TYPE_CHECKING = False
@@ -434,12 +434,8 @@ def restored_machine(config, files: dict[str, int], warn: "Callable[[str], None]
 
 
 def preload() -> None:
-    """For the zygote: what a domain may come to need, so that its process imports nothing, least of all without privileges."""
-
-    import kvmapp.control
-    import kvmapp.saving  # noqa: F401
-
-    preload_devices()
+    """For the zygote."""
+    import kvmapp.preload  # noqa: F401
 
 
 class Log:

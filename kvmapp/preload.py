@@ -1,0 +1,18 @@
+"""What a domain may come to need, imported by the zygote, so that its process imports nothing, least of all without privileges.
+
+Machines import devices when their configuration asks for them; who will make many of them has them all.
+"""
+import kvmapp.block.opening
+import kvmapp.control
+import kvmapp.hw.e1000
+import kvmapp.hw.i6300esb
+import kvmapp.hw.pvpanic
+import kvmapp.net.tap
+import kvmapp.saving
+import kvmapp.virtio.balloon
+import kvmapp.virtio.blk
+import kvmapp.virtio.console
+import kvmapp.virtio.fs
+import kvmapp.virtio.net
+import kvmapp.virtio.rng
+import kvmapp.virtio.vsock  # noqa: F401
