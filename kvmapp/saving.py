@@ -30,15 +30,17 @@ class SaveGivenUp(KvmappError):
 class Saving:
     """One attempt. `done(error or None)` is called in the control thread when everything is written and synced, or nothing is."""
 
-    def __init__(self, machine: Machine, loop: Loop, done: Callable[[KvmappError | None], None], path: str = "", fd: int = -1):
-        """Takes the machine's state at once (it is paused), so that only memory is read in the thread. Raises KvmappError."""
+    def __init__(self, machine: Machine, loop: Loop, done: Callable[[KvmappError | None], None], path: str = "", fd: int = -1,
+                 paused: bool = False):
+        """Takes the machine's state at once (it is paused), so that only memory is read in the thread; `paused`: its domain is to be
+        so when it is restored. Raises KvmappError."""
         self.machine, self.loop, self.done, self.path = machine, loop, done, path
         self.written = 0                # bytes of memory, for queries
         self.given_up = False
         self.draft = statefile.Draft(path) if path else None
         self.fd = self.draft.fd if self.draft else fd
         try:
-            self.config, self.state = snapshot.describe(machine)
+            self.config, self.state = snapshot.describe(machine, paused)
             self.thread = threading.Thread(target=self.run, name="save", daemon=True)
             try:
                 self.thread.start()

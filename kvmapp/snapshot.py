@@ -25,7 +25,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-VERSION = 1
+VERSION = 2                                             # 1 did not tell whether the domain was paused
 CPUID_ENTRIES_MOST = 256
 # What of a configuration is the host's side and may be another one at the restore. Everything else the guest has seen.
 HOST_SECTIONS = {"cputune", "vcpu", "numatune", "memtune"}         # as a whole: they may be there or not
@@ -45,11 +45,13 @@ HOST_SIDE: dict[str, set[str]] = {
 }
 
 
-def describe(machine: Machine) -> tuple[dict, dict]:
-    """(configuration, state) of a paused machine, as statefile.write takes them. Raises HostError, Unsupported."""
+def describe(machine: Machine, paused: bool = False) -> tuple[dict, dict]:
+    """(configuration, state) of a paused machine, as statefile.write takes them; `paused`: its domain is to be so when it is
+    restored. Raises HostError, Unsupported."""
     require_savable(machine.config)
     now = time.time_ns()
-    return machine.config.to_dict(), {"version": VERSION, "kvmapp": __version__, "time": now, "machine": machine.save_state(now)}
+    return machine.config.to_dict(), {"version": VERSION, "kvmapp": __version__, "time": now, "paused": paused,
+                                      "machine": machine.save_state(now)}
 
 
 def require_savable(config: DomainConfig) -> None:
@@ -74,6 +76,8 @@ def restore(saved: SavedState, config: DomainConfig | None = None, files: dict[s
     reader = StateReader("file", saved.state, VERSION)
     reader.take("kvmapp", str)
     when = reader.uint("time", 2**63 - 1)
+    if reader.version > 1:
+        reader.flag("paused")                           # whoever has the domain decides what to make of it
     state = reader.take("machine", dict)
     reader.done()
     original = configuration(saved)

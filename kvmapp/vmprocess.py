@@ -283,16 +283,18 @@ class Domain(DeviceVerbs):
             self.end(Ending("destroyed", "destroyed", EXIT_DESTROYED))
 
     def verb_save(self, connection, request) -> None:
-        """Answers when everything is written. See saving.py."""
-        number, path = request.get("id"), request.get("path")
+        """Answers when everything is written. `paused`: how it is to come back; as it is now if that is not said. See saving.py."""
+        number, path, paused = request.get("id"), request.get("path"), request.get("paused")
         if path is not None and not (isinstance(path, str) and path.startswith("/") and "\0" not in path):
             raise BadRequest(f"'path' is {path!r}, not an absolute path")
+        if not isinstance(paused, bool | None):
+            raise BadRequest(f"'paused' is {paused!r}, neither true nor false")
 
         def answer(error: KvmappError | None) -> None:
             connection.on_close = (lambda: self.save_undone(None)) if error is None and path is None else None
             connection.answer(number, error=error)
 
-        self.save(answer, path or "", -1 if path else connection.take_fd())
+        self.save(answer, path or "", -1 if path else connection.take_fd(), paused)
         connection.on_close = None if path else lambda: self.save_undone(None)
 
     def verb_save_end(self, connection, _request) -> dict:
@@ -311,7 +313,7 @@ class Domain(DeviceVerbs):
         self.save_undone(None)
         return {}
 
-    def save(self, done: "Callable[[KvmappError | None], None]", path: str = "", fd: int = -1) -> None:
+    def save(self, done: "Callable[[KvmappError | None], None]", path: str = "", fd: int = -1, paused: bool | None = None) -> None:
         """Stops the guest and starts to write it. `done` hears of the end, before the domain ends or goes on. Raises KvmappError."""
         from kvmapp.saving import Saving  # a domain that is never saved goes without
         from kvmapp.snapshot import require_savable
@@ -326,7 +328,8 @@ class Domain(DeviceVerbs):
             self.device_ejected(0)                      # a card that the guest has just let go of is no part of what is saved
             self.saved_from = self.state, self.reason
             file, fd = fd, -1                           # Saving closes it, whatever becomes of it
-            self.saving = Saving(self.machine, self.loop, lambda error: self.save_over(error, done, path), path, file)
+            self.saving = Saving(self.machine, self.loop, lambda error: self.save_over(error, done, path), path, file,
+                                 not was_running if paused is None else paused)
         except BaseException:
             if fd >= 0:
                 os.close(fd)

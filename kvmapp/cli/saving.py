@@ -6,33 +6,39 @@ import os
 from kvmapp.cli.table import argument, domain, flag, verb
 from kvmapp.client import of
 
+RUNNING = flag("running", "let it run when it comes back, though it is paused now")
+PAUSED = flag("paused", "let it be paused when it comes back")
+VERBOSE = flag("verbose", "accepted for virsh's sake: how far it is, is always shown")
+
 
 @verb("save", "save a domain that runs to a file, and end it", domain(complete="active"),
-      argument("file", "where to", complete="file"),
+      argument("file", "where to", complete="file"), RUNNING, PAUSED, VERBOSE, exclusive=(("running", "paused"),),
       text="The guest's memory and the state of its devices go to the file; restore goes on from there. Its disks must not change in "
            "between. If the file cannot be written, the guest goes on as if nothing had been.",
       failure="Failed to save domain '{domain}' to {file}")
 def save(session, given):
     with session.wait_with(f"saving {given.domain}", given.domain):
-        changed = session.daemon.post(of(given.domain, "save"), file=os.path.abspath(given.file))
+        changed = session.daemon.post(of(given.domain, "save"), file=os.path.abspath(given.file), **as_asked(given))
     session.done(changed, f"\nDomain '{changed['domain']['name']}' saved to {given.file}")
 
 
 @verb("restore", "go on with a domain from the file it was saved to", argument("file", "which file", complete="file"),
-      flag("paused", "do not let it run yet"),
+      flag("running", "let it run, though it was paused when it was saved"), flag("paused", "do not let it run yet"),
+      exclusive=(("running", "paused"),),
       text="The file stays, and must not be written to while the domain runs: its memory is read from there when it is needed.",
       failure="Failed to restore domain from {file}")
 def restore(session, given):
     with session.wait_with(f"restoring from {given.file}"):
-        changed = session.daemon.post("/v1/restore", file=os.path.abspath(given.file), **({"paused": True} if given.paused else {}))
+        changed = session.daemon.post("/v1/restore", file=os.path.abspath(given.file), **as_asked(given))
     session.done(changed, f"Domain restored from {given.file}")
 
 
-@verb("managedsave", "save a domain that runs; its next start goes on from there", domain(complete="active"),
+@verb("managedsave", "save a domain that runs; its next start goes on from there", domain(complete="active"), RUNNING, PAUSED, VERBOSE,
+      exclusive=(("running", "paused"),),
       failure="Failed to save domain '{domain}' state")
 def managedsave(session, given):
     with session.wait_with(f"saving {given.domain}", given.domain):
-        changed = session.daemon.post(of(given.domain, "managedsave"))
+        changed = session.daemon.post(of(given.domain, "managedsave"), **as_asked(given))
     session.done(changed, f"\nDomain '{changed['domain']['name']}' state saved by kvmapp")
 
 
@@ -43,3 +49,8 @@ def managedsave_remove(session, given):
     name = changed["domain"]["name"]
     session.done(changed, f"Removed managedsave image for domain '{name}'" if changed["removed"]
                  else f"Domain '{name}' has no manage save image; removal skipped")
+
+
+def as_asked(given) -> dict[str, bool]:
+    """What the daemon is told of how the domain comes back: nothing, if it is to be as it is now."""
+    return {"paused": given.paused} if given.paused or given.running else {}

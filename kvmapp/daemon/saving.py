@@ -30,7 +30,7 @@ END_TIMEOUT = 10.0                      # for the process of a saved domain to g
 async def save(call: Call) -> dict:
     domain, path = call.domain(), absolute(call)
     with domain.jobs.hold("save", call.who) as job:
-        await write(domain, path, job)
+        await write(domain, path, job, call.body)
     return call.changed(domain)
 
 
@@ -41,7 +41,7 @@ async def managed_save(call: Call) -> dict:
         raise KvmappError("Requested operation is not valid: cannot do managed save for transient domain",
                           f"kvmappctl save {domain.name} FILE saves it to a file of yours")
     with domain.jobs.hold("managedsave", call.who) as job:
-        await write(domain, call.supervisor.paths.managed_save(domain.name), job)
+        await write(domain, call.supervisor.paths.managed_save(domain.name), job, call.body)
     return call.changed(domain)
 
 
@@ -54,7 +54,7 @@ async def managed_save_remove(call: Call) -> dict:
 
 async def restore(call: Call) -> dict:
     path, supervisor = absolute(call), call.supervisor
-    fd, config = await asyncio.to_thread(open_state, path)
+    fd, config, was_paused = await asyncio.to_thread(open_state, path)
     try:
         supervisor.refresh()
         domain = supervisor.domains.get(config.name)
@@ -63,7 +63,8 @@ async def restore(call: Call) -> dict:
         supervisor.check_identity(config)
         domain = supervisor.domains.setdefault(config.name, domain or supervisor.make(config.name))
         try:
-            warnings = await start_domain(supervisor, domain, call.who, paused=call.body.get("paused", False), config=config, state=fd)
+            warnings = await start_domain(supervisor, domain, call.who, paused=call.body.get("paused", was_paused), config=config,
+                                          state=fd)
             remove_image(supervisor.paths, domain.name)         # of another moment than the disks will be
         finally:
             supervisor.merge()
@@ -81,7 +82,7 @@ async def start_or_go_on(supervisor: Supervisor, domain: Domain, who: str, *, pa
         remove_image(supervisor.paths, domain.name)
         return warnings
     try:
-        fd, config = await asyncio.to_thread(open_state, path)
+        fd, config, was_paused = await asyncio.to_thread(open_state, path)
     except StateError as error:
         raise StateError(error.message, f"kvmappctl managedsave-remove {domain.name} gives it up; then start boots the domain") from None
     try:
@@ -92,7 +93,7 @@ async def start_or_go_on(supervisor: Supervisor, domain: Domain, who: str, *, pa
         remove_image(supervisor.paths, domain.name)
     finally:
         os.close(fd)
-    if not paused and domain.process:
+    if not (paused or was_paused) and domain.process:
         await domain.process.ask("resume")
         await domain.process.refresh()
     return warnings
@@ -118,13 +119,13 @@ def clear_images(paths: Paths, active: set[str]) -> None:
 
 # Steps.
 
-async def write(domain: Domain, path: str, job: Job) -> None:
-    """Saves the running domain and ends it. Raises KvmappError; then it goes on."""
+async def write(domain: Domain, path: str, job: Job, body: dict) -> None:
+    """Saves the active domain and ends it; with `paused` or without, as the body has it. Raises KvmappError; then it goes on."""
     process = domain.want_active()
     job.progress = "writing its memory"
     draft = await asyncio.to_thread(statefile.Draft, path)
     with draft:
-        await process.ask("save", None, fd=draft.fd)
+        await process.ask("save", None, fd=draft.fd, **{"paused": body["paused"]} if "paused" in body else {})
         job.progress = "giving the file its name"
         try:
             await asyncio.to_thread(draft.publish)
@@ -144,12 +145,12 @@ def absolute(call: Call) -> str:
     return path
 
 
-def open_state(path: str) -> tuple[int, DomainConfig]:
-    """An open, whole state file and the configuration in it. Raises KvmappError."""
+def open_state(path: str) -> tuple[int, DomainConfig, bool]:
+    """An open, whole state file, the configuration in it, and whether the domain is to be paused. Raises KvmappError."""
     fd = statefile.open_file(path)
     try:
         saved = statefile.read(fd, path)
-        return fd, DomainConfig.from_dict(saved.config)
+        return fd, DomainConfig.from_dict(saved.config), saved.state.get("paused") is True
     except BaseException:
         os.close(fd)
         raise

@@ -60,6 +60,26 @@ def test_managed_save_is_where_the_next_start_goes_on(host, daemon):
     assert daemon.get(of("a"))["managed_save"] is False
 
 
+@pytest.mark.parametrize(("verb", "now", "asked", "then", "state"), [
+    *((verb, *case) for verb in ("save", "managedsave") for case in (
+        ("paused", {}, {}, "paused"), ("paused", {"paused": False}, {}, "running"), ("running", {"paused": True}, {}, "paused"),
+        ("running", {}, {"paused": True}, "paused"))),
+    ("save", "paused", {}, {"paused": False}, "running")])
+def test_a_domain_comes_back_paused_or_running(host, daemon, verb, now, asked, then, state):
+    """As it was saved, unless one or the other was asked for."""
+    if now == "paused":
+        daemon.post(of("a", "suspend"))
+    file = {"file": os.path.join(host.root, "a.save")} if verb == "save" else {}
+    daemon.post(of("a", verb), **file, **asked)
+    seen = len(host.counts("a"))
+    one = daemon.post("/v1/restore" if verb == "save" else of("a", "start"), **file, **then)["domain"]
+    assert (one["name"], one["state"]) == ("a", state) and (state == "running" or len(host.counts("a")) == seen)
+    if state == "paused":
+        daemon.post(of("a", "resume"))
+    reach(host, seen + 3)
+    assert goes_on_by_one(host)
+
+
 def test_managed_save_given_up(host, daemon):
     daemon.post(of("a", "managedsave"))
     assert daemon.post(of("a", "managedsave-remove"))["removed"] is True

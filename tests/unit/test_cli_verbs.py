@@ -93,6 +93,8 @@ SAID = {
     "suspend linuxvm01": ("Domain linuxvm01 suspended", "suspend", {}),
     "resume linuxvm02": ("Domain linuxvm02 resumed", "resume", {}),
     "save linuxvm01 /x.save": ("\nDomain 'linuxvm01' saved to /x.save", "save", {"file": "/x.save"}),
+    "save linuxvm01 /x.save --running": ("\nDomain 'linuxvm01' saved to /x.save", "save", {"file": "/x.save", "paused": False}),
+    "managedsave linuxvm01 --paused --verbose": ("\nDomain 'linuxvm01' state saved by kvmapp", "managedsave", {"paused": True}),
     "managedsave linuxvm01": ("\nDomain 'linuxvm01' state saved by kvmapp", "managedsave", {}),
     "start linuxvm02 --force-boot": ("Domain linuxvm02 started", "start", {"force_boot": True}),
     "autostart linuxvm02": ("Domain linuxvm02 marked as autostarted", "autostart", {"enabled": True}),

@@ -152,7 +152,7 @@ def test_a_host_without_threads_to_save_with_is_an_error_and_the_guest_goes_on(t
     made = domain("", tmp_path)
     made.machine.config = made.config
     (saved := tmp_path / "saved").mkdir()
-    monkeypatch.setattr("kvmapp.snapshot.describe", lambda machine: ({}, {}))
+    monkeypatch.setattr("kvmapp.snapshot.describe", lambda machine, paused: ({}, {}))
 
     def fail(thread):
         raise RuntimeError("can't start new thread")
