@@ -60,11 +60,13 @@ def test_managed_save_is_where_the_next_start_goes_on(host, daemon):
     assert daemon.get(of("a"))["managed_save"] is False
 
 
+RETURNS: list[tuple] = [("paused", {}, {}, "paused"), ("paused", {"paused": False}, {}, "running"),
+                        ("running", {"paused": True}, {}, "paused"), ("running", {}, {"paused": True}, "paused")]
+
+
 @pytest.mark.parametrize(("verb", "now", "asked", "then", "state"), [
-    *((verb, *case) for verb in ("save", "managedsave") for case in (
-        ("paused", {}, {}, "paused"), ("paused", {"paused": False}, {}, "running"), ("running", {"paused": True}, {}, "paused"),
-        ("running", {}, {"paused": True}, "paused"))),
-    ("save", "paused", {}, {"paused": False}, "running")])
+    *(("save", *case) for case in RETURNS), ("save", "paused", {}, {"paused": False}, "running"),
+    *(("managedsave", *case) for case in RETURNS)])
 def test_a_domain_comes_back_paused_or_running(host, daemon, verb, now, asked, then, state):
     """As it was saved, unless one or the other was asked for."""
     if now == "paused":
