@@ -195,8 +195,8 @@ class Domain(DeviceVerbs):
         else:
             self.end(ending)
 
-    def restart(self) -> None:
-        """A power cycle in place."""
+    def restart(self, paused: bool = False) -> None:
+        """A power cycle in place; `paused`: up to the first instruction."""
         self.reboot_asked = False
         try:
             for device in self.machine.reset():
@@ -204,6 +204,9 @@ class Domain(DeviceVerbs):
             self.machine.boot()
         except KvmappError as error:                    # the kernel file went away since the start
             self.end(Ending("failed", f"cannot boot again: {error.message}", EXIT_ERROR))
+            return
+        if paused:
+            self.change("paused", "user")
             return
         self.machine.resume()
         self.change("running", "booted")
@@ -214,8 +217,13 @@ class Domain(DeviceVerbs):
         if self.state not in states:
             raise WrongState(f"Domain '{self.config.name}' is {self.state}", f"this needs a domain that is {' or '.join(states)}")
 
+    @property
+    def preserved(self) -> bool:
+        """Whether it is there for a look only, as on_poweroff and on_reboot = preserve leave it."""
+        return self.state == "paused" and self.reason not in ("user", "watchdog")
+
     def require_alive(self) -> None:
-        if self.state == "paused" and self.reason not in ("user", "watchdog"):
+        if self.preserved:
             raise WrongState(f"Domain '{self.config.name}' ended and was preserved", "reset or destroy it")
 
     def require_no_wish(self) -> None:
@@ -255,7 +263,7 @@ class Domain(DeviceVerbs):
     def verb_reset(self, _connection, _request) -> dict:
         self.require("running", "paused", "crashed")
         self.machine.pause()
-        self.restart()
+        self.restart(paused=self.state == "paused" and not self.preserved)      # only `resume` lets it go on
         return {}
 
     def verb_suspend(self, _connection, _request) -> dict:
