@@ -22,6 +22,8 @@ from kvmapp.abi.posix cimport (CLOCK_MONOTONIC, EFD_CLOEXEC, EFD_NONBLOCK, SIG_B
 
 import os
 
+from kvmapp.errors import HostError
+
 cdef enum:
     BATCH = 32                       # events taken from the kernel at once
     POLL_FIRST = 4000                # ns; what polling begins with
@@ -229,7 +231,7 @@ cdef class IoThread:
             self.resume()
 
     def resume(self):
-        """Starts or goes on. Raises OSError."""
+        """Starts or goes on. Raises HostError."""
         if self.stopping:
             return
         if not self.started:
@@ -240,7 +242,7 @@ cdef class IoThread:
             if result:
                 Py_DECREF(self)
                 self.parked = self.pausing = True
-                raise OSError(result, f"{self.name}: cannot start a thread: {os.strerror(result)}")
+                raise HostError(f"Cannot start the thread {self.name}: {os.strerror(result)}", "see ulimit -u and pids.max")
             self.started = True
             return
         with nogil:

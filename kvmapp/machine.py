@@ -307,7 +307,10 @@ class Machine:
         """Lines for the log: why KVM gave up, and every vCPU's registers. The machine is paused."""
         lines = []
         for vcpu in self.vm.vcpus:
-            registers = " ".join(f"{name}={value:#x}" for name, value in vcpu.registers().items())
+            try:
+                registers = " ".join(f"{name}={value:#x}" for name, value in vcpu.registers().items())
+            except HostError as error:                  # a VM that KVM has given up answers nothing more
+                registers = error.message
             lines += [f"vcpu {vcpu.index}: {vcpu.failure_text()}", f"vcpu {vcpu.index}: {registers}"]
         return lines
 

@@ -1,4 +1,5 @@
 """What guests tell by their panic device and watchdog, as the domain's process takes it; no guest runs."""
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from kvmapp.config import config_from_options
 from kvmapp.devices import Power, PowerEvent
 from kvmapp.errors import ConfigError, HostError
+from kvmapp.machine import Machine as WholeMachine
 from kvmapp.vmprocess import EXIT_CRASH, EXIT_POWER_OFF, EXIT_RESET, Domain, WrongState
 
 
@@ -77,6 +79,26 @@ def test_a_guest_that_powered_off_and_was_preserved_does_not_go_on(tmp_path, mon
     with pytest.raises(WrongState, match="ended and was preserved"):
         made.save(lambda error: None, "/nowhere") if asked == "save" else made.verb_resume(None, None)
     assert (made.state, made.reason) == ("paused", "shutdown") and not {"save", "resume"} & set(made.machine.did)
+
+
+def test_a_reset_of_a_paused_domain_lets_it_not_go_on(tmp_path):
+    """As in virsh. One that is there for a look only begins anew: that is what reset is for, then."""
+    made = domain("on_poweroff = preserve\n", tmp_path)
+    made.verb_suspend(None, None)
+    made.verb_reset(None, None)
+    assert (made.state, made.reason) == ("paused", "user") and made.machine.did[-2:] == ["reset", "boot"]
+    made.verb_resume(None, None)
+    tell(made, PowerEvent.POWER_OFF).verb_reset(None, None)
+    assert made.state == "running" and made.machine.did[-3:] == ["reset", "boot", "resume"]
+
+
+def test_a_crash_is_told_though_kvm_has_given_the_machine_up():
+    def refuse():
+        raise HostError("KVM refuses reading registers: Input/output error")
+    vcpu = SimpleNamespace(index=0, registers=refuse, failure_text=lambda: "KVM_RUN: Input/output error")
+    machine: Any = SimpleNamespace(vm=SimpleNamespace(vcpus=[vcpu]))
+    assert WholeMachine.crash_report(machine) == ["vcpu 0: KVM_RUN: Input/output error",
+                                                  "vcpu 0: KVM refuses reading registers: Input/output error"]
 
 
 def test_a_guest_with_a_crash_kernel_goes_on(tmp_path):
