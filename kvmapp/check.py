@@ -272,10 +272,10 @@ def check_cgroups(host: Host) -> Line:
 
 def check_user(host: Host) -> Line:
     subject = "for the user and group that guests run as"
-    lacking = [f"{what} kvmapp" for what, path in (("user", "/etc/passwd"), ("group", "/etc/group"))
-               if not any(line.startswith("kvmapp:") for line in host.text(path).splitlines())]
+    lacking = [f"{what} {name}" for what, name, path in (("user", "kvmapp", "/etc/passwd"), ("group", "kvmapp-guest", "/etc/group"))
+               if not any(line.startswith(f"{name}:") for line in host.text(path).splitlines())]
     if not lacking:
-        return Line("Host", subject, PASS, "kvmapp")
+        return Line("Host", subject, PASS, "kvmapp, kvmapp-guest")
     return Line("Host", subject, WARN, f"no {' and no '.join(lacking)}", "kvmapp setup makes them; kvmapp run needs none")
 
 

@@ -73,7 +73,7 @@ def host(tmp_path):
     host.write("/sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never\n")
     host.write("/proc/sys/kernel/osrelease", "6.1.0\n")
     host.write("/etc/passwd", "root:x:0:0::/root:/bin/sh\nkvmapp:x:990:990::/:/bin/false\n")
-    host.write("/etc/group", "kvmapp:x:990:\n")
+    host.write("/etc/group", "kvmapp-guest:x:991:\n")
     host.write("/etc/os-release", 'ID=debian\nVERSION_ID="12"\n')
     return host
 
@@ -254,7 +254,7 @@ HOST_TROUBLE = [
     (reserved_pages, "huge pages", "PASS", "16 are reserved"),
     (cgroup_v1, "control groups", "PASS", "version 1"),
     (without("/sys/fs/cgroup/cgroup.controllers"), "control groups", "WARN", "cgroup2"),
-    (without("/etc/group"), "user and group", "WARN", "(no group kvmapp; kvmapp setup makes them"),
+    (without("/etc/group"), "user and group", "WARN", "(no group kvmapp-guest; kvmapp setup makes them"),
     (without("/etc/group", "/etc/passwd"), "user and group", "WARN", "no user kvmapp and no group kvmapp"),
     (without("/dev/net/tun"), "taps", "WARN", "modprobe tun"),
     (without("/dev/vhost-net"), "virtio-net", "WARN", "modprobe vhost_net"),
