@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvmapp.hostconfig import NetworkConfig
 
 STOP_PATIENCE = 3.0                     # seconds between SIGTERM and SIGKILL
+LOOK_AGAIN = 0.02                       # ... between two looks at a process that is to end
 LEASES_LIMIT = 4 << 20
 
 
@@ -211,6 +212,8 @@ def end(pid: int, files: Files) -> bool:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
         return True
+    except OSError:                             # before Linux 5.3
+        return end_by_number(pid, files)
     try:
         waiter = select.poll()
         waiter.register(handle, select.POLLIN)
@@ -223,6 +226,22 @@ def end(pid: int, files: Files) -> bool:
         return True
     finally:
         os.close(handle)
+
+
+def end_by_number(pid: int, files: Files) -> bool:
+    """The same on a kernel that has no descriptors of processes: it is asked for until it is gone."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        late = time.monotonic() + STOP_PATIENCE
+        with suppress(ProcessLookupError):
+            if runs_with(pid, files):
+                os.kill(pid, number)
+        while runs_with(pid, files):
+            if time.monotonic() > late:
+                break
+            time.sleep(LOOK_AGAIN)
+        else:
+            return True
+    return False
 
 
 def pid_of(files: Files) -> int:

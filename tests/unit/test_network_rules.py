@@ -1,5 +1,8 @@
 """What networks tell nft, iptables and dnsmasq, and what they read of leases: texts, without a host that changes."""
+import errno
+import os
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -184,6 +187,24 @@ duid 00:01:00:01:2e:1f:00:00:52:54:00:00:00:01
     assert [(lease.mac, lease.address, lease.name) for lease in leases] == [
         ("52:54:00:00:00:01", "192.168.122.27", "ann"), ("52:54:00:00:00:03", "192.168.122.29", None),
         ("52:54:00:00:00:04", "fd00:122::100", "ann"), (None, "fd00:122::101", None)]
+
+
+@pytest.mark.parametrize("descriptors", [True, False])
+@pytest.mark.parametrize(("program", "patience", "by"), [
+    ("echo ready; exec sleep infinity", 60.0, signal.SIGTERM), ("trap '' TERM; echo ready; exec sleep infinity", 0.1, signal.SIGKILL)])
+def test_a_dnsmasq_is_ended_on_old_kernels_too(monkeypatch, descriptors, program, patience, by):
+    """Those before Linux 5.3 have no descriptors of processes."""
+    def refuse(_pid):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    if not descriptors:
+        monkeypatch.setattr(os, "pidfd_open", refuse)
+    monkeypatch.setattr(dnsmasq, "STOP_PATIENCE", patience)
+    with subprocess.Popen(["/bin/sh", "-c", program], stdout=subprocess.PIPE) as child:
+        monkeypatch.setattr(dnsmasq, "runs_with", lambda pid, _files: pid == child.pid and child.poll() is None)
+        assert child.stdout and child.stdout.readline() == b"ready\n"
+        assert dnsmasq.end(child.pid, FILES)
+        assert child.wait() == -by
+        assert dnsmasq.end(child.pid, FILES)
 
 
 # The host.
