@@ -94,8 +94,10 @@ class Session:
             self.complain(text)
 
     def complain(self, text: str) -> None:
+        """To standard error. A domain's process, which its guest may have taken over, has a say in it: the terminal obeys none of it."""
+        from kvmapp.cli.render import plain
         self.flush()
-        self.error_sink.write(f"{text}\n")
+        self.error_sink.write("".join(f"{plain(line)}\n" for line in text.split("\n")))
         self.error_sink.flush()
 
     def complain_of(self, error: KvmappError, headline: str = "") -> None:

@@ -123,6 +123,13 @@ def test_what_the_system_refuses_is_an_error(daemon, ctl, tmp_path, monkeypatch)
     assert ctl("pwd") == (1, "\n", "error: pwd: No such file or directory\n")
 
 
+def test_an_error_commands_no_terminal(daemon, ctl):
+    """Its words may be those of a domain's process that its guest has taken over."""
+    daemon.answers["POST", "/v1/domains/linuxvm03/start"] = HostError("\x1b]0;owned\x07no\nmore", "\x9b2J")
+    assert ctl("start", "linuxvm03")[2] == ("error: Failed to start domain 'linuxvm03'\nerror: \\x1b]0;owned\\x07no\nmore\n"
+                                            "hint: \\x9b2J\n")
+
+
 def test_names_that_are_no_text(ctl):
     assert ctl("dominfo", "\udcff\udcfe")[0] == 1
     assert ctl("dominfo", "../../etc")[2] == "error: failed to get domain '../../etc'\n"
