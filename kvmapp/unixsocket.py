@@ -32,7 +32,7 @@ def is_dead(path: str) -> bool:
     """Whether a socket stands there at which nobody listens any more."""
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
         return False
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:     # one who listens may be busy
         try:
             probe.connect(path)
         except ConnectionRefusedError:
