@@ -12,6 +12,7 @@ import fcntl
 import os
 import stat
 import time
+from contextlib import suppress
 
 from kvmapp.boot.elf import ElfFile
 from kvmapp.boot.entry import EntryState, long_mode
@@ -129,13 +130,16 @@ class KernelCache:
             self._write(path, unpack(payload, kernel.init_size))
             self._prune()
         if identity(kernel.file) == os.path.basename(index) and is_settled(kernel.file):
-            os.symlink(os.path.join("..", os.path.basename(path)), index)
+            with suppress(FileExistsError):                      # it led to a file that somebody took away
+                os.symlink(os.path.join("..", os.path.basename(path)), index)
         return self._existing(path)
 
     def _write(self, path: str, data: bytes) -> None:
         """Whole or not at all, whatever happens to the host."""
         unfinished = os.path.join(self.folder, f"{UNFINISHED}{os.path.basename(path)}")
-        fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o400)
+        with suppress(FileNotFoundError):
+            os.unlink(unfinished)                   # of one who was killed over it; only root could open it for writing
+        fd = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
         try:
             view = memoryview(data)
             while view:

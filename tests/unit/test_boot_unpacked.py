@@ -290,6 +290,21 @@ def test_a_full_disk_leaves_nothing_half(boot, cache, monkeypatch):
     assert [path for path in cache.iterdir() if path.name not in (".lock", BY_FILE)] == []
 
 
+def test_what_a_killed_one_left_is_no_obstacle(boot, cache):
+    """It is taken away, not written into: but for root nobody may write to it."""
+    path = boot(packed(kernel_elf())).kernel.path
+    (kept,) = files_of(cache)
+    (cache / kept).unlink()
+    left = cache / f".unfinished-{kept}"
+    left.write_bytes(b"half")
+    other = left.stat().st_ino
+    with open(left, "rb"):                              # keeps its number from the next file
+        files = DirectBoot(path, None, "", str(cache))
+        assert isinstance(files._recognise(), UnpackedKernel)
+        files.close()
+    assert (cache / kept).stat().st_ino != other and not left.exists()
+
+
 def test_without_a_cache_nothing_is_unpacked(tmp_path):
     path = tmp_path / "vmlinuz"
     path.write_bytes(packed(kernel_elf()))
