@@ -398,11 +398,14 @@ cdef class MsiLine:
 
     cdef int route(self, uint64_t address, uint32_t data) noexcept nogil:
         """Routes are costly in the kernel: only a changed message is told to it. Answers 0 or -errno."""
+        cdef int result
         if address == self.address and data == self.data:
             return 0
-        self.address = address
-        self.data = data
-        return self.controller.set_msi_route(self.gsi, address, data)
+        result = self.controller.set_msi_route(self.gsi, address, data)
+        if result == 0:
+            self.address = address
+            self.data = data
+        return result
 
     cdef void trigger(self) noexcept nogil:
         cdef uint64_t one = 1

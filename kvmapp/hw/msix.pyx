@@ -36,7 +36,7 @@ cdef class MsixTable:
         try:
             while len(self.owned) < count:
                 self.owned.append(interrupts.msi())
-        except OSError:
+        except BaseException:
             self.release()
             raise
         for i in range(count):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kvmapp.devices import Bus, Interrupts, Power, PowerEvent
+from kvmapp.errors import HostError
 from kvmapp.hw.acpi_pm import AcpiPm
 from kvmapp.hw.pci_hotplug import PciHotplug
 from kvmapp.iothread import IoThread
@@ -127,6 +128,26 @@ def test_a_table_that_does_not_fit_gives_its_vectors_back():
             card.part()
         cards.clear()
         gc.collect()
+
+
+def test_a_table_that_kvm_refuses_gives_its_vectors_back():
+    given: list = []
+    back: list = []
+
+    class Refusing(Interrupts):
+        def msi(self):
+            if given:
+                raise HostError("KVM refuses an irqfd")
+            given.append(super().msi())
+            return given[0]
+
+        def release(self, line):
+            back.append(line)
+            super().release(line)
+
+    with Guest() as guest, pytest.raises(HostError, match="refuses an irqfd"):
+        VirtioPci(VirtioRng("rng0", guest.memory), Refusing())
+    assert given == back != []
 
 
 def test_a_reset_takes_out_what_was_asked_for_and_what_is_ejected_already(board):
