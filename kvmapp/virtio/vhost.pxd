@@ -1,6 +1,6 @@
 from libc.stdint cimport uint32_t, uint64_t
 
-from kvmapp.abi.vhost cimport vhost_memory_region
+from kvmapp.abi.vhost cimport vhost_memory_region, vhost_vring_addr
 from kvmapp.iothread cimport Doorbell
 from kvmapp.memory cimport MAX_REGIONS, GuestMemory
 from kvmapp.virtio.device cimport VirtioDevice
@@ -47,3 +47,4 @@ cdef class VhostNet:
 
 
 cdef MemoryTable table_of(GuestMemory memory) noexcept nogil
+cdef vhost_vring_addr place_of(Virtqueue queue, uint32_t index) noexcept nogil

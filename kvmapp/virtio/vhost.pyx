@@ -14,7 +14,7 @@ from kvmapp.abi.vhost cimport (VHOST_GET_FEATURES, VHOST_GET_VRING_BASE, VHOST_N
                                VHOST_SET_MEM_TABLE, VHOST_SET_OWNER, VHOST_SET_VRING_ADDR, VHOST_SET_VRING_BASE,
                                VHOST_SET_VRING_CALL, VHOST_SET_VRING_ERR, VHOST_SET_VRING_KICK, VHOST_SET_VRING_NUM,
                                vhost_vring_addr, vhost_vring_file, vhost_vring_state)
-from kvmapp.abi.virtio cimport VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, ring_load_u16
+from kvmapp.abi.virtio cimport VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC
 
 import os
 
@@ -100,13 +100,8 @@ cdef class VhostNet:
 
     cdef int begin(self, uint32_t index, Virtqueue queue, int tap) noexcept nogil:
         """Hands a live queue over, with its lock held; 0, or -errno and it is still ours. `tap` sends and receives its frames."""
-        cdef vhost_vring_addr place
+        cdef vhost_vring_addr place = place_of(queue, index)
         cdef int result
-        memset(&place, 0, sizeof(place))
-        place.index = index
-        place.desc_user_addr = <uint64_t>queue.desc
-        place.avail_user_addr = <uint64_t>queue.avail
-        place.used_user_addr = <uint64_t>queue.used
         result = self.give_number(VHOST_SET_VRING_NUM, index, queue.size)
         if result == 0:
             result = self.give_number(VHOST_SET_VRING_BASE, index, queue.last_avail)
@@ -136,9 +131,10 @@ cdef class VhostNet:
         self.give_file(VHOST_NET_SET_BACKEND, index, NO_BACKEND)
         memset(&base, 0, sizeof(base))
         base.index = index
-        if ioctl(self.fd, VHOST_GET_VRING_BASE, &base) == 0:
-            queue.last_avail = <uint16_t>base.num
-        queue.next_used = queue.published = ring_load_u16(queue.used + 2)
+        if ioctl(self.fd, VHOST_GET_VRING_BASE, &base) < 0:
+            base.num = queue.last_avail
+        if not queue.take_over(<uint16_t>base.num):
+            self.device.complain(b"more requests under way than the queue holds, queue", queue.index)
         queue.kicks_wanted = False
         self.give_file(VHOST_SET_VRING_KICK, index, -1)
         self.running[index] = False
@@ -180,3 +176,14 @@ cdef MemoryTable table_of(GuestMemory memory) noexcept nogil:
         table.regions[i].memory_size = memory.regions[i].size
         table.regions[i].userspace_addr = <uint64_t>memory.regions[i].hva
     return table
+
+
+cdef vhost_vring_addr place_of(Virtqueue queue, uint32_t index) noexcept nogil:
+    """Where a ring lies in this process; `index` is its number on the other side."""
+    cdef vhost_vring_addr place
+    memset(&place, 0, sizeof(place))
+    place.index = index
+    place.desc_user_addr = <uint64_t>queue.desc
+    place.avail_user_addr = <uint64_t>queue.avail
+    place.used_user_addr = <uint64_t>queue.used
+    return place

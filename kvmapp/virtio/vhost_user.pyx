@@ -10,7 +10,6 @@ log, the socket is shut, and the device has its queues back, for good. It keeps 
 Left out: reconnecting, dirty logging, IOTLB, requests of the back end's own, queues in flight when it is lost, packed rings.
 """
 from libc.stdint cimport uint16_t
-from libc.string cimport memset
 
 from kvmapp.abi.epoll cimport EPOLLET, EPOLLIN, EPOLLRDHUP
 from kvmapp.abi.posix cimport (EAGAIN, ECONNRESET, EINTR, EPROTO, ETIMEDOUT, POLLIN, atomic_load_u32, atomic_store_u32, close, errno,
@@ -27,7 +26,7 @@ from kvmapp.abi.vhost_user cimport (VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_G
 from kvmapp.abi.vhost cimport vhost_vring_addr, vhost_vring_state
 from kvmapp.abi.virtio cimport VIRTIO_F_VERSION_1, VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, ring_load_u16
 from kvmapp.iothread cimport Doorbell, monotonic_ns
-from kvmapp.virtio.vhost cimport MemoryTable, VhostCall, VhostFault, table_of
+from kvmapp.virtio.vhost cimport MemoryTable, VhostCall, VhostFault, place_of, table_of
 
 from kvmapp.errors import HostError
 
@@ -152,14 +151,9 @@ cdef class VhostUser:
 
     cdef void begin(self, Virtqueue queue) noexcept nogil:
         """Hands a live queue over, with its lock held; without a back end it stays live and ours."""
-        cdef vhost_vring_addr place
         cdef uint32_t index = queue.index
+        cdef vhost_vring_addr place = place_of(queue, index)
         cdef bint ok
-        memset(&place, 0, sizeof(place))
-        place.index = index
-        place.desc_user_addr = <uint64_t>queue.desc
-        place.avail_user_addr = <uint64_t>queue.avail
-        place.used_user_addr = <uint64_t>queue.used
         pthread_mutex_lock(&self.talk)
         self.call_fds[index] = -1
         ok = (self.tell_number(VHOST_USER_SET_VRING_NUM, index, queue.size) and
@@ -227,11 +221,8 @@ cdef class VhostUser:
         """The queue goes on from `base` in its available ring; without (-1), after all that was posted: what the back end had not yet
         answered stays unanswered until the driver resets the queue."""
         cdef uint64_t count
-        queue.next_used = queue.published = ring_load_u16(queue.used + 2)
-        queue.last_avail = <uint16_t>base if base >= 0 else ring_load_u16(queue.avail + 2)
-        if <uint16_t>(queue.last_avail - queue.published) > queue.size:
+        if not queue.take_over(<uint16_t>base if base >= 0 else ring_load_u16(queue.avail + 2)):
             self.device.complain(b"more requests under way than the queue holds, queue", queue.index)
-            queue.last_avail = queue.published
         queue.kicks_wanted = False
         self.running[queue.index] = False
         queue.doorbell.watch(EPOLLIN)

@@ -66,6 +66,7 @@ cdef class Virtqueue:
     cdef void disable(self) noexcept nogil
     cdef bint waits(self) noexcept nogil
     cdef int pop(self, Chain* chain) noexcept nogil
+    cdef bint take_over(self, uint16_t last_avail) noexcept nogil
     cdef void unpop(self, Chain* chain) noexcept nogil
     cdef void push(self, Chain* chain, uint32_t written) noexcept nogil
     cdef bint publish(self) noexcept nogil

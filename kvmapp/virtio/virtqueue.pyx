@@ -216,6 +216,16 @@ cdef class Virtqueue:
         """Takes the latest `pop` back: the next one will answer this chain again."""
         self.last_avail -= 1
 
+    cdef bint take_over(self, uint16_t last_avail) noexcept nogil:
+        """The ring from somebody who answered it for us, and has read so far. False: what the guest made of the used ring's index fits
+        no ring; it goes on as if nothing were under way."""
+        self.next_used = self.published = ring_load_u16(self.used + 2)
+        self.last_avail = last_avail
+        if <uint16_t>(last_avail - self.published) <= self.size:
+            return True
+        self.last_avail = self.published
+        return False
+
     cdef void push(self, Chain* chain, uint32_t written) noexcept nogil:
         """Gives the chain back with `written` bytes in its writable part. The driver sees it after `publish`."""
         cdef vring_used_elem* entry
