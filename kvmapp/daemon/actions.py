@@ -5,7 +5,6 @@ it. The words of refusals are virsh's where it has any.
 """
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 from contextlib import suppress
@@ -17,6 +16,7 @@ from kvmapp.daemon.process import DomainProcess
 from kvmapp.daemon.saving import remove_image, start_or_go_on
 from kvmapp.daemon.starting import start as start_domain
 from kvmapp.daemon.storage import remove_storage
+from kvmapp.daemon.threads import in_own_thread
 from kvmapp.errors import (
     ConfigError,
     DomainNotRunning,
@@ -115,14 +115,14 @@ async def undefine(call: Call) -> dict:
         removed = [f"file {domain.stored.path}" if domain.stored else ""]
         if domain.name in store.autostarted:
             removed.append("autostart link")
+        store.remove(domain.name)
         if not domain.active and remove_image(call.supervisor.paths, domain.name):
             removed.append("managed save image")
-        store.remove(domain.name)
         names = [disk.name for disk in config.disks] if everything and config else (wanted or "").split(",") if wanted else []
         job.progress = "removing storage"
         others = [(one.name, theirs) for one in call.supervisor.domains.values() if one is not domain
                   for theirs in (one.live, one.stored.config if one.stored else None) if theirs]
-        gone, left = await asyncio.to_thread(remove_storage, config, names, others)
+        gone, left = await in_own_thread(remove_storage, config, names, others)
     if os.path.exists(log := call.supervisor.paths.domain_log(domain.name)):
         left.append(f"log {log}")
     call.supervisor.tell(domain.name, "Undefined", "Removed")

@@ -13,6 +13,7 @@ import time
 
 from kvmapp.daemon.saving import start_or_go_on
 from kvmapp.daemon.taps import is_bridge
+from kvmapp.daemon.threads import in_own_thread
 from kvmapp.errors import KvmappError
 from kvmapp.hostinfo import boot_id
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvmapp")
 LOOK_AGAIN = 1.0                        # seconds between two looks at what is missing
+LOOK_PATIENCE = 5.0                     # seconds for one; a file server that does not answer must not hold up the other domains
 
 
 class Autostart:
@@ -33,6 +35,7 @@ class Autostart:
         self.started: list[str] = []
         self.failed: dict[str, str] = {}
         self.waiting: dict[str, Domain] = {}
+        self.looks: dict[str, asyncio.Future[list[str]]] = {}       # by domain, those under way
         self.handled: list[str] = []
         self.note = os.path.join(supervisor.paths.run, "autostarted")
 
@@ -88,11 +91,21 @@ class Autostart:
     async def missing_of(self, domain: Domain, config: DomainConfig) -> list[str]:
         """What its start has to wait for, somebody's job on it too: that may be the start itself."""
         networks = self.supervisor.networks
-        missing = await asyncio.to_thread(what_is_missing, config)
+        missing = await self.files_missing_of(domain, config)
         missing += [f"network {card.source}" for card in config.interfaces
                     if card.type == "network" and not networks.is_active(card.source)]
         job = domain.jobs.current
         return missing + ([f"job '{job.verb}' of {job.who}"] if job else [])
+
+    async def files_missing_of(self, domain: Domain, config: DomainConfig) -> list[str]:
+        """One look at a time: as long as one hangs, that is what is missing."""
+        hanging = self.looks.get(domain.name)
+        look = hanging or asyncio.ensure_future(in_own_thread(what_is_missing, config))
+        self.looks[domain.name] = look
+        await asyncio.wait({look}, timeout=0 if hanging else LOOK_PATIENCE)
+        if not look.done():
+            return ["an answer from where its files are"]
+        return self.looks.pop(domain.name).result()
 
     def wait_for(self, domain: Domain, missing: list[str]) -> None:
         log.info("autostart: domain '%s' waits for %s", domain.name, ", ".join(missing))

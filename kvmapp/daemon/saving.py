@@ -7,7 +7,6 @@ An image of a domain that runs is void.
 """
 from __future__ import annotations
 
-import asyncio
 import os
 from contextlib import suppress
 
@@ -16,6 +15,7 @@ from kvmapp.config import DomainConfig
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain
 from kvmapp.daemon.starting import start as start_domain
+from kvmapp.daemon.threads import in_own_thread
 from kvmapp.errors import DomainRunning, HostError, KvmappError, NoResponse, StateError, UsageError
 
 TYPE_CHECKING = False
@@ -54,7 +54,7 @@ async def managed_save_remove(call: Call) -> dict:
 
 async def restore(call: Call) -> dict:
     path, supervisor = absolute(call), call.supervisor
-    fd, config, was_paused = await asyncio.to_thread(open_state, path)
+    fd, config, was_paused = await in_own_thread(open_state, path)
     try:
         supervisor.refresh()
         domain = supervisor.domains.get(config.name)
@@ -82,7 +82,7 @@ async def start_or_go_on(supervisor: Supervisor, domain: Domain, who: str, *, pa
         remove_image(supervisor.paths, domain.name)
         return warnings
     try:
-        fd, config, was_paused = await asyncio.to_thread(open_state, path)
+        fd, config, was_paused = await in_own_thread(open_state, path)
     except StateError as error:
         raise StateError(error.message, f"kvmappctl managedsave-remove {domain.name} gives it up; then start boots the domain") from None
     try:
@@ -123,12 +123,12 @@ async def write(domain: Domain, path: str, job: Job, body: dict) -> None:
     """Saves the active domain and ends it; with `paused` or without, as the body has it. Raises KvmappError; then it goes on."""
     process = domain.want_active()
     job.progress = "writing its memory"
-    draft = await asyncio.to_thread(statefile.Draft, path)
+    draft = await in_own_thread(statefile.Draft, path)
     with draft:
         await process.ask("save", None, fd=draft.fd, **{"paused": body["paused"]} if "paused" in body else {})
         job.progress = "giving the file its name"
         try:
-            await asyncio.to_thread(draft.publish)
+            await in_own_thread(draft.publish)
         except HostError:
             await process.ask("save-undo")
             raise

@@ -22,6 +22,7 @@ from kvmapp.daemon.process import DomainProcess
 from kvmapp.daemon.sockets import listen
 from kvmapp.daemon.spawn import ZygoteDied
 from kvmapp.daemon.taps import open_tap
+from kvmapp.daemon.threads import in_own_thread
 from kvmapp.errors import ConfigError, DomainRunning, GuestImageError, HostError, KvmappError, NameInUse, NoResponse
 from kvmapp.runtime import IDENTITY
 
@@ -105,7 +106,7 @@ class Start:
         self.uid, self.gid = owner(defaults, self.supervisor.socket_gid)
         self.check_macs()
         if self.config.disks:                                   # a file server that hangs must hold up this start only
-            await asyncio.to_thread(self.identify_disks)
+            await in_own_thread(self.identify_disks)
         self.check_disks()
         await self.open_taps()
         self.make_folder()

@@ -1,10 +1,14 @@
 """Domains that start with the host: in their order, once a boot, and when their disks are there."""
 import asyncio
 import os
+import threading
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from kvmapp.config import DomainConfig
+from kvmapp.daemon import autostart
 from kvmapp.daemon.autostart import Autostart
 from kvmapp.daemon.jobs import Jobs
 
@@ -46,11 +50,19 @@ def test_autostart_waits_for_a_disk_and_says_so(host, tmp_path):
     assert host.domain("waits")["waiting"] is None
 
 
-def test_autostart_waits_for_somebodys_job(tmp_path):
-    """Such as a start by hand: the domain is not said to have failed."""
-    domain: Any = SimpleNamespace(jobs=Jobs("web", lambda job, begins: None))
+@pytest.fixture
+def waiting(tmp_path):
     supervisor: Any = SimpleNamespace(paths=SimpleNamespace(run=str(tmp_path)), networks=None)
-    waiting = Autostart(supervisor)
+    return Autostart(supervisor)
+
+
+@pytest.fixture
+def domain():
+    return SimpleNamespace(name="web", jobs=Jobs("web", lambda job, begins: None))
+
+
+def test_autostart_waits_for_somebodys_job(waiting, domain):
+    """Such as a start by hand: the domain is not said to have failed."""
 
     async def look():
         with domain.jobs.hold("start", "ann"):
@@ -59,3 +71,31 @@ def test_autostart_waits_for_somebodys_job(tmp_path):
 
     config = DomainConfig.from_dict({"name": "web", "memory": 64 << 20})
     assert asyncio.run(look()) == (["job 'start' of ann"], [])
+
+
+def test_autostart_goes_on_while_a_file_server_does_not_answer(waiting, domain, monkeypatch):
+    """More of them than there are threads for everybody's work; each is looked at once, until there is an answer."""
+    answers, looks = threading.Event(), []
+
+    def look(config):
+        looks.append(config)
+        answers.wait()
+        return []
+
+    async def boot():
+        hanging = [SimpleNamespace(name=f"hangs{i}", jobs=domain.jobs) for i in range(100)]
+        for one in hanging * 2:
+            assert await waiting.missing_of(one, config) == ["an answer from where its files are"]
+        assert len(looks) == 100
+        await asyncio.to_thread(str)
+        answers.set()
+        await asyncio.wait(waiting.looks.values())
+        assert [await waiting.missing_of(one, config) for one in hanging] == [[]] * 100
+        answers.clear()
+        assert await waiting.missing_of(domain, config) != []               # the daemon's end does not wait for it
+
+    config = DomainConfig.from_dict({"name": "web", "memory": 64 << 20})
+    monkeypatch.setattr(autostart, "what_is_missing", look)
+    monkeypatch.setattr(autostart, "LOOK_PATIENCE", 0.01)
+    asyncio.run(boot())
+    answers.set()
