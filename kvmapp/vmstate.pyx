@@ -52,11 +52,14 @@ AFTER_MSRS = (
     ("events", KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS, sizeof(kvm_vcpu_events)),
     ("mp_state", KVM_GET_MP_STATE, KVM_SET_MP_STATE, sizeof(kvm_mp_state)),
 )
+# Memory type range registers (AMD64 manual, volume 2, 7.7), which KVM keeps but does not list: pairs of base and mask, fixed ranges,
+# the default.
+MTRR_MSRS = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF)
 IRQCHIPS = (("pic_master", KVM_IRQCHIP_PIC_MASTER), ("pic_slave", KVM_IRQCHIP_PIC_SLAVE), ("ioapic", KVM_IRQCHIP_IOAPIC))
 
 
 cpdef list msr_indexes(int kvm_fd):
-    """The MSRs that this KVM saves and restores (system ioctl KVM_GET_MSR_INDEX_LIST)."""
+    """The MSRs that are saved and restored: those that this KVM lists (system ioctl KVM_GET_MSR_INDEX_LIST), and MTRR_MSRS."""
     cdef kvm_msr_list probe
     probe.nmsrs = 0
     ioctl(kvm_fd, KVM_GET_MSR_INDEX_LIST, &probe)              # E2BIG, and the count
@@ -67,7 +70,7 @@ cpdef list msr_indexes(int kvm_fd):
         known.nmsrs = probe.nmsrs
         if ioctl(kvm_fd, KVM_GET_MSR_INDEX_LIST, known) < 0:
             raise failed("KVM_GET_MSR_INDEX_LIST")
-        return [known.indices[i] for i in range(known.nmsrs)]
+        return sorted({*MTRR_MSRS, *[known.indices[i] for i in range(known.nmsrs)]})
     finally:
         free(known)
 

@@ -25,6 +25,8 @@ COUNT_PORT = b"\xe6\x80" + b"\xff\x05\x00\x30\x00\x00\xeb\xf6"  # out 0x80, al; 
 KVMCLOCK = 0x4000
 ENABLE_KVMCLOCK = b"\xb9\x01\x4d\x56\x4b\xb8\x01\x40\x00\x00\x31\xd2\x0f\x30"  # wrmsr of 0x4001 to MSR_KVM_SYSTEM_TIME_NEW
 
+SET_MEMORY_TYPES = (b"\xb9\x00\x02\x00\x00\xb8\x06\x00\x00\x00\x31\xd2\x0f\x30"  # wrmsr of 6 to 0x200
+                    b"\xb9\xff\x02\x00\x00\xb8\x06\x0c\x00\x00\x31\xd2\x0f\x30")  # ... of 0xc06 to 0x2ff
 
 WAKE_NEIGHBOUR = (b"\xc7\x05\xf0\x00\xe0\xfe\xff\x01\x00\x00"  # mov dword [0xfee000f0], 0x1ff: enables the own APIC
                   b"\xc7\x05\x10\x03\xe0\xfe\x00\x00\x00\x01"  # mov dword [0xfee00310], 1 << 24: to APIC 1
@@ -89,6 +91,27 @@ def test_a_guest_that_goes_on_is_told_that_it_stood_still(make_vm):
     assert not vm.memory.read(KVMCLOCK + 29, 1)[0] & 2           # pvclock_vcpu_time_info.flags, PVCLOCK_GUEST_STOPPED
     vm.resume()
     until(lambda: vm.memory.read(KVMCLOCK + 29, 1)[0] & 2)
+
+
+def test_memory_types_are_saved_restored_and_reset(make_vm):
+    vm = make_vm(SET_MEMORY_TYPES + COUNT)
+    at_power_on = memory_types(vm)
+    vm.resume()
+    until(lambda: counter(vm) > 0)
+    vm.pause()
+    assert memory_types(vm) == [6, 0xC06] != at_power_on
+    other = make_vm(COUNT)
+    other.restore(vm.save(0), 0)
+    assert memory_types(other) == [6, 0xC06]
+    vm.reset()
+    assert memory_types(vm) == at_power_on
+
+
+def memory_types(vm):
+    """MTRRphysBase0 and MTRRdefType of a paused vCPU."""
+    msrs = vm.save(0)["vcpus"][0]["msrs"]
+    values = {int.from_bytes(msrs[at:at + 4], "little"): int.from_bytes(msrs[at + 4:at + 12], "little") for at in range(0, len(msrs), 12)}
+    return [values[0x200], values[0x2FF]]
 
 
 def test_port_writes_are_counted_as_exits(make_vm):
