@@ -101,6 +101,11 @@ class DomainRunning(KvmappError):
     code = "domain-running"
 
 
+class WrongState(KvmappError):
+    """What the verb is about is not in a state for it."""
+    code = "wrong-state"
+
+
 class NameInUse(KvmappError):
     """A name, UUID, MAC or tap that another object of this host already has."""
     code = "name-in-use"

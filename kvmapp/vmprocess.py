@@ -10,7 +10,7 @@ import time
 
 from kvmapp.console import ConsolePort, LogPort, Sink, open_log, open_sink
 from kvmapp.devices import PowerEvent, set_log
-from kvmapp.errors import BadRequest, KvmappError
+from kvmapp.errors import BadRequest, KvmappError, WrongState
 from kvmapp.loop import Loop
 from kvmapp.machine import Machine
 from kvmapp.vmdevices import DeviceVerbs, wanted
@@ -28,11 +28,6 @@ EXIT_POWER_OFF, EXIT_ERROR, EXIT_RESET, EXIT_CRASH, EXIT_DESTROYED, EXIT_SAVED =
 TRIPLE_FAULT = 8                        # KVM_EXIT_SHUTDOWN, the code of a reset that the run loop asks for
 TUNABLE = {"cputune", "vcpu_pins", "memtune"}        # what `tune` may change
 RESET_CAUSES = {TRIPLE_FAULT: "the guest reset by a triple fault"}
-
-
-class WrongState(KvmappError):
-    """The domain is not in a state for this verb."""
-    code = "wrong-state"
 
 
 class Ending:

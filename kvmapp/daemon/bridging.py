@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 
 from kvmapp.daemon import hostbridge
-from kvmapp.errors import HostError, KvmappError
+from kvmapp.errors import HostError, KvmappError, WrongState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from kvmapp.daemon.supervisor import Supervisor
 
 log = logging.getLogger("kvmapp")
-
-
-class WrongState(KvmappError):
-    """A change waits to be confirmed, or none does."""
-    code = "wrong-state"
 
 
 class Bridging:

@@ -29,7 +29,7 @@ def test_names_are_unique_and_queries_change_nothing():
 
 
 def test_statuses_belong_to_errors():
-    others = {"bad-request", "wrong-state", "console-busy", "changed-meanwhile"}       # of vmprocess and the daemon itself
+    others = {"bad-request", "console-busy", "changed-meanwhile"}       # of vmprocess and the daemon itself
     assert set(routes.STATUS) - others <= set(errors.BY_CODE)
 
 

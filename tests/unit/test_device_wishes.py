@@ -6,9 +6,9 @@ import pytest
 
 from kvmapp.config import config_from_options
 from kvmapp.devices import Power, PowerEvent
-from kvmapp.errors import ConfigError, HostError
+from kvmapp.errors import ConfigError, HostError, WrongState
 from kvmapp.machine import Machine as WholeMachine
-from kvmapp.vmprocess import EXIT_CRASH, EXIT_POWER_OFF, EXIT_RESET, Domain, WrongState
+from kvmapp.vmprocess import EXIT_CRASH, EXIT_POWER_OFF, EXIT_RESET, Domain
 
 
 class Machine:
