@@ -188,6 +188,7 @@ cdef class Vm:
         chips, vcpus = self.initial
         for vcpu, state in zip(self.vcpus, vcpus):
             restore_vcpu((<Vcpu>vcpu).fd, state)
+            (<Vcpu>vcpu).failure = 0
         restore_vm(self.fd, chips)
 
     def save(self, uint64_t moment=0):

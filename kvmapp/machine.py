@@ -156,8 +156,8 @@ class Machine:
         names = self.take_ejected(asked=True)
         for device in self.devices:
             device.reset()
+        self.vm.reset()                                 # KVM writes clocks and stolen time for the guest until then
         self.memory.clear()
-        self.vm.reset()
         self.slots.assign_resources()
         return names
 

@@ -223,12 +223,12 @@ cdef class AcpiPm(Device):
 
     cdef void arm(self) noexcept nogil:
         """A host timer runs only while the guest wants the timer's interrupt, which hardly any does."""
-        cdef uint64_t left
+        cdef uint64_t turn, now
         if not self.started or not self.state.enable & ~self.state.status & TIMER_EVENT:
             self.timer.cancel()
             return
-        left = ((self.state.half_turns + 1) << HALF_TURN_BITS) - self.ticks()
-        self.timer.arm(monotonic_ns() + left * 1000000000 // TIMER_HZ + 1, 0)
+        turn, now = (self.state.half_turns + 1) << HALF_TURN_BITS, self.ticks()
+        self.timer.arm(monotonic_ns() + (turn - now if turn > now else 0) * 1000000000 // TIMER_HZ + 1, 0)      # it may just have come
 
 
 cdef class PmTimerEvent(Timer):
