@@ -14,7 +14,7 @@ import time
 from kvmapp.daemon.saving import start_or_go_on
 from kvmapp.daemon.taps import is_bridge
 from kvmapp.daemon.threads import in_own_thread
-from kvmapp.errors import KvmappError
+from kvmapp.errors import HostError, KvmappError
 from kvmapp.hostinfo import boot_id
 
 TYPE_CHECKING = False
@@ -105,7 +105,10 @@ class Autostart:
         await asyncio.wait({look}, timeout=0 if hanging else LOOK_PATIENCE)
         if not look.done():
             return ["an answer from where its files are"]
-        return self.looks.pop(domain.name).result()
+        try:
+            return self.looks.pop(domain.name).result()
+        except HostError as error:              # there is no thread for it now; the next look may have one
+            return [error.message]
 
     def wait_for(self, domain: Domain, missing: list[str]) -> None:
         log.info("autostart: domain '%s' waits for %s", domain.name, ", ".join(missing))

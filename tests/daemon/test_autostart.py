@@ -11,6 +11,7 @@ from kvmapp.config import DomainConfig
 from kvmapp.daemon import autostart
 from kvmapp.daemon.autostart import Autostart
 from kvmapp.daemon.jobs import Jobs
+from kvmapp.errors import HostError
 
 
 def test_autostart_in_order_once_a_boot(host):
@@ -99,3 +100,12 @@ def test_autostart_goes_on_while_a_file_server_does_not_answer(waiting, domain, 
     monkeypatch.setattr(autostart, "LOOK_PATIENCE", 0.01)
     asyncio.run(boot())
     answers.set()
+
+
+def test_autostart_waits_for_threads_to_look_with(waiting, domain, monkeypatch):
+    async def refuse(*_):
+        raise HostError("The daemon cannot start a thread")
+
+    monkeypatch.setattr(autostart, "in_own_thread", refuse)
+    config = DomainConfig.from_dict({"name": "web", "memory": 64 << 20})
+    assert asyncio.run(waiting.missing_of(domain, config)) == ["The daemon cannot start a thread"]
