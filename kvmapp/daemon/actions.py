@@ -31,6 +31,10 @@ from kvmapp.errors import (
 from kvmapp.ini import Ini
 from kvmapp.settings import apply
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 DESTROY_GRACE = 3.0                     # for a domain process to end by itself before it is killed
 DESTROY_TIMEOUT = 10.0                  # for the kernel to end it
 
@@ -327,10 +331,16 @@ def scope(call: Call, domain: Domain) -> tuple[bool, bool]:
 
 
 def change_file(call: Call, domain: Domain, **values: object) -> None:
-    """Rewrites these settings in the domain's file, as it is by now; checked as a whole before it is saved."""
+    """Rewrites these settings in the domain's file; checked as a whole before it is saved."""
+    change_stored(call, domain, lambda _: values)
+
+
+def change_stored(call: Call, domain: Domain, change: Callable[[DomainConfig], dict[str, object]]) -> None:
+    """The same with settings that follow from those in the file, as it is by now: an administrator may have changed it while the verb
+    was at work."""
     call.supervisor.refresh()
-    config = DomainConfig.from_dict({**domain.want_persistent().to_dict(), **values})
-    write_domain(domain.paths.domain_config(domain.name), config)
+    config = domain.want_persistent()
+    write_domain(domain.paths.domain_config(domain.name), DomainConfig.from_dict({**config.to_dict(), **change(config)}))
     call.supervisor.store.take_over(domain.name)
     call.supervisor.tell(domain.name, "Defined", "Updated")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from kvmapp import schema
 from kvmapp.config import DomainConfig
-from kvmapp.daemon.actions import change_file, scope
+from kvmapp.daemon.actions import change_stored, scope
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain, interface_view
 from kvmapp.daemon.netverbs import parsed
@@ -44,7 +44,7 @@ async def interface_attach(call: Call) -> dict:
             await plug(call, domain, after[0], card_of(after[0], index))
             change_live(domain, add)
         if config:
-            change_stored(call, domain, add)
+            change_cards(call, domain, add)
         return changed(call, domain, card_of(after[0], index))
 
 
@@ -57,7 +57,7 @@ async def interface_detach(call: Call) -> dict:
         if live:
             await unplug(domain, found[0], view["warnings"])
         if config:
-            change_stored(call, domain, lambda cards: [one for one in cards if one["index"] != found[-1].index])
+            change_cards(call, domain, lambda cards: [one for one in cards if one["index"] != found[-1].index])
         return {**view, "domain": domain.summary()}
 
 
@@ -81,7 +81,7 @@ async def interface_update(call: Call) -> dict:
             await apply_live(call, domain, before[0], card_of(after[0], before[0].index))
             change_live(domain, alter(before[0]))
         if config:
-            change_stored(call, domain, alter(before[-1]))
+            change_cards(call, domain, alter(before[-1]))
         return changed(call, domain, card_of(after[0], before[0].index))
 
 
@@ -162,10 +162,9 @@ def change_live(domain: Domain, change: Cards) -> None:
     set_live(domain, with_cards(domain.live, change(cards_of(domain.live))))
 
 
-def change_stored(call: Call, domain: Domain, change: Cards) -> None:
-    """In the file as it is by now: an administrator may have changed it while the verb was at work."""
-    call.supervisor.refresh()
-    change_file(call, domain, interfaces=change(cards_of(domain.want_persistent())))
+def change_cards(call: Call, domain: Domain, change: Cards) -> None:
+    """In the domain's file."""
+    change_stored(call, domain, lambda stored: {"interfaces": change(cards_of(stored))})
 
 
 async def plug(call: Call, domain: Domain, config: DomainConfig, card: InterfaceConfig) -> None:

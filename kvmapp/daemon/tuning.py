@@ -11,7 +11,7 @@ import os
 from kvmapp import schema
 from kvmapp.config import DomainConfig
 from kvmapp.cpuset import ranges
-from kvmapp.daemon.actions import change_file, scope
+from kvmapp.daemon.actions import change_stored, scope
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.cardverbs import configs, set_live
 from kvmapp.daemon.counters import vcpu_numbers
@@ -78,10 +78,14 @@ async def tune(call: Call) -> dict:
         if live:
             await tune_live(call, domain, after[0])
         if config:
-            call.supervisor.refresh()                   # an administrator may have changed the file while the process was asked
-            sections = with_settings(domain.want_persistent(), settings).to_dict()
-            change_file(call, domain, **{section.attribute: sections[section.attribute] for section in SECTIONS.values()})
+            change_stored(call, domain, lambda stored: sections_of(with_settings(stored, settings)))
     return call.changed(domain, list(after[0].warnings))
+
+
+def sections_of(config: DomainConfig) -> dict[str, object]:
+    """Those that tune."""
+    data = config.to_dict()
+    return {section.attribute: data[section.attribute] for section in SECTIONS.values()}
 
 
 def with_settings(config: DomainConfig, settings: dict[str, dict[str, str]]) -> DomainConfig:
