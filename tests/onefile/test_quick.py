@@ -138,8 +138,9 @@ def test_hostile_requests_hurt_nobody_else(request_, tree, run):
         assert call(tree, run, "list").stdout.startswith(b" Id ")
 
 
-def test_a_child_that_is_killed_leaves_nobody_waiting(tree, run):
-    """By the kernel for want of memory, say: it has no time to say farewell, and the warm process holds the caller's connection too."""
+@pytest.fixture
+def asked(run):
+    """Set when a client waits for linuxvm01, to which the daemon has no answer for as long as the test goes on."""
     asked, gone = threading.Event(), threading.Event()
 
     def wait(_query, _body):
@@ -147,23 +148,21 @@ def test_a_child_that_is_killed_leaves_nobody_waiting(tree, run):
         gone.wait(60)
         return DomainNotFound("too late")
     run.daemon.answers["GET", "/v1/domains/linuxvm01/wait"] = wait
+    yield asked
+    gone.set()
+
+
+def test_a_child_that_is_killed_leaves_nobody_waiting(tree, run, asked):
+    """By the kernel for want of memory, say: it has no time to say farewell, and the warm process holds the caller's connection too."""
     environment = {"KVMAPP_DEFAULT_URI": run.uri}
     with subprocess.Popen([tree / "kvmappctl", "wait", "linuxvm01"], stderr=subprocess.PIPE, env=environment) as waiting:
         assert asked.wait(60)
         os.kill(int(Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text()), signal.SIGKILL)
         assert b"error: The daemon closed the connection" in waiting.communicate(timeout=60)[1] and waiting.returncode == 1
-    gone.set()
     assert call(tree, run, "list").stdout.startswith(b" Id ")
 
 
-def test_verbs_that_wait_do_not_hold_up_others_and_end_with_their_caller(tree, run):
-    asked, gone = threading.Event(), threading.Event()
-
-    def wait(_query, _body):
-        asked.set()
-        gone.wait(60)
-        return DomainNotFound("too late")
-    run.daemon.answers["GET", "/v1/domains/linuxvm01/wait"] = wait
+def test_verbs_that_wait_do_not_hold_up_others_and_end_with_their_caller(tree, run, asked):
     with subprocess.Popen([tree / "kvmappctl", "wait", "linuxvm01"], env={"KVMAPP_DEFAULT_URI": run.uri}) as waiting:
         assert asked.wait(60)
         children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children")
@@ -174,7 +173,6 @@ def test_verbs_that_wait_do_not_hold_up_others_and_end_with_their_caller(tree, r
     assert call(tree, run, "list").returncode == 0           # a turn of its loop, and of the one that reaps
     while child in children.read_text().split():
         call(tree, run, "list")
-    gone.set()
 
 
 def test_full_and_closed_outputs(tree, run):

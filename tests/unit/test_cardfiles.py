@@ -14,12 +14,12 @@ def card(**settings) -> InterfaceConfig:
 
 
 @pytest.fixture
-def opened(monkeypatch):
-    """Stands for a host that lets /dev/vhost-net be opened twice; what is open of it."""
+def opened(monkeypatch, request):
+    """Stands for a host that lets /dev/vhost-net, or the device that the test is given, be opened twice; what is open of it."""
     fds: list[int] = []
 
     def open_it(path, flags):
-        assert path == "/dev/vhost-net"
+        assert path == getattr(request, "param", "/dev/vhost-net")
         if len(fds) == 2:
             raise OSError(24, "Too many open files")
         fds.append(100 + len(fds))
@@ -50,18 +50,9 @@ def test_no_half_of_the_queues_has_vhost(opened):
     assert opened == []
 
 
-def test_a_tap_that_does_not_get_all_of_its_queues_is_not_left_open(monkeypatch):
+@pytest.mark.parametrize("opened", ["/dev/net/tun"], indirect=True)
+def test_a_tap_that_does_not_get_all_of_its_queues_is_not_left_open(opened, monkeypatch):
     """Its first descriptors would keep it in the host for as long as the daemon runs."""
-    opened: list[int] = []
-
-    def open_it(_path, _flags):
-        if len(opened) == 2:
-            raise OSError(24, "Too many open files")
-        opened.append(100 + len(opened))
-        return opened[-1]
-
-    monkeypatch.setattr(os, "open", open_it)
-    monkeypatch.setattr(os, "close", opened.remove)
     monkeypatch.setattr(taps, "attach", lambda fd, name, flags: "vnet7")
     with pytest.raises(HostError, match="Too many open files"):
         taps.make_tap(card(queues=3, target=None))
