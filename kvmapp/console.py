@@ -5,6 +5,7 @@ that is attached; it keeps the last 64 KiB, so that who comes late sees where th
 stopped with Ctrl-S) makes the port stop taking: the ring fills and the guest waits, nothing is lost. A client never holds the
 guest up.
 """
+import errno
 import os
 
 from kvmapp.errors import HostError, KvmappError
@@ -13,6 +14,7 @@ from kvmapp.loop import READ, WRITE, Loop
 SCROLLBACK = 64 << 10               # bytes
 TYPE_AHEAD = 64 << 10               # bytes typed that the guest has not taken
 LONGEST_LINE = 1024                 # bytes of a log line
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ConsoleBusy(KvmappError):
@@ -150,10 +152,11 @@ class ConsolePort:
             self.loop.unwatch(self.backend.fd)
             self.loop.watch(self.sink.output, self.push, WRITE)
             return
-        except OSError:                                 # nobody is there any more
+        except OSError as error:                        # nobody is there any more; or a file's disk is full, maybe not for ever
             self.unshown.clear()
             self.take_again()
-            self.sink.output = NOBODY
+            if error.errno not in DISK_FULL:
+                self.sink.output = NOBODY
             return
         self.take_again()
 

@@ -11,6 +11,7 @@ Descriptors may come with a request (SCM_RIGHTS, sent with its bytes); its verb 
 The daemon and the CLI's console are its clients. A client that leaves too much unread loses its connection; it never holds the
 domain up. Left out: who may connect is a matter of the socket file's owner and mode.
 """
+import errno
 import json
 import os
 import socket
@@ -22,6 +23,8 @@ from kvmapp.loop import READ, WRITE, Loop
 LINE_MOST = 1 << 20                 # bytes of one request
 FDS_MOST = 64                       # descriptors that may come with a request
 BACKLOG_MOST = 4 << 20              # bytes that a client may leave unread
+NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+LOOK_AGAIN = 0.5                    # seconds until a client is accepted whom the host had no descriptor for
 
 
 class ControlServer:
@@ -51,9 +54,16 @@ class ControlServer:
     def accept(self, _events: int) -> None:
         try:
             client, _ = self.listener.accept()
-        except OSError:                 # gone again, or out of descriptors: the next client is served when there are some
+        except OSError as error:        # gone again, or it waits until there are descriptors for it
+            if error.errno in NOTHING_LEFT:
+                self.loop.unwatch(self.listener.fileno())
+                self.loop.later(LOOK_AGAIN, self.accept_again)
             return
         self.connections.add(Connection(self, client))
+
+    def accept_again(self) -> None:
+        if self.listener.fileno() >= 0:
+            self.loop.watch(self.listener.fileno(), self.accept)
 
 
 class Connection:

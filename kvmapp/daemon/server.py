@@ -89,7 +89,7 @@ class Server:
     def match(self, request: web.BaseRequest) -> tuple[Route, Handler | None, str]:
         path = request.rel_url.raw_path
         parts = path.split("/")[1:]
-        for key in (parts, [*parts[:2], ANY, *parts[3:]]):
+        for key in (parts, [*parts[:2], ANY, *parts[3:]]) if len(parts) > 2 else (parts,):
             found = self.routes.get((request.method, *key))
             if found is not None:
                 return *found, unquote(parts[2], errors="surrogateescape") if ANY in key else ""

@@ -1,7 +1,9 @@
 """The control socket: answers, errors, events, consoles, and clients that misbehave."""
 import contextlib
+import errno
 import json
 import os
+import resource
 import socket
 import threading
 
@@ -251,6 +253,53 @@ def test_a_sink_that_went_away_is_forgotten():
     port.show(b"anybody there?")
     port.show(b"no")
     assert port.sink.output == NOBODY
+
+
+def test_a_file_on_a_full_disk_goes_on_when_there_is_room(monkeypatch):
+    loop, backend = Loop(), FakeBackend()
+    reader, writer = os.pipe()
+    port = ConsolePort(loop, "serial0", backend, Sink(writer))
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", failing(errno.ENOSPC))
+        port.show(b"lost")
+    assert not port.unshown and backend.fd in loop.callbacks, "the guest waits for no disk"
+    port.show(b"kept")
+    assert os.read(reader, 100) == b"kept"
+
+
+def failing(number):
+    def fail(*_arguments):
+        raise OSError(number, os.strerror(number))
+    return fail
+
+
+def test_a_client_for_whom_no_descriptor_is_left_is_served_later(tmp_path):
+    loop, listener = Loop(), listen(str(tmp_path / "s"))
+    server = ControlServer(loop, listener, {})
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(str(tmp_path / "s"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free(), limits[1]))
+    try:
+        server.accept(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert not server.connections
+    assert listener.fileno() not in loop.callbacks, "it would be ready for ever"
+    timer = loop.timers[0][2]
+    timer()
+    loop.callbacks[listener.fileno()](0)
+    assert len(server.connections) == 1
+    server.close()
+    timer()                                            # the server is gone meanwhile
+    assert not loop.callbacks.keys() - {loop.wake_fd}
+
+
+def lowest_free():
+    """As a limit, that much leaves no descriptor to be had."""
+    fd = os.open("/dev/null", os.O_RDONLY)
+    os.close(fd)
+    return fd
 
 
 def test_a_stopped_terminal_that_goes_away_holds_nothing_up():

@@ -26,6 +26,8 @@ def test_every_query_answers_as_described(running):
 @pytest.mark.parametrize(("method", "path", "body", "words"), [
     ("GET", "/v2/domains", None, "The daemon knows no GET /v2/domains"),
     ("PATCH", "/v1/domains", None, "The daemon knows no PATCH"),
+    ("DELETE", "/v1/domains", None, "The daemon knows no DELETE /v1/domains"),
+    ("PUT", "/v1", None, "The daemon knows no PUT /v1"),
     ("GET", "/v1/domains?nam=x", None, "nam is not known here"),
     ("GET", "/v1/node/cpustats?cpu=x", None, "cpu = 'x': expected a integer"),
     ("POST", "/v1/domains", {"txt": "x"}, "txt is not known here (known: text"),
