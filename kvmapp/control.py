@@ -14,6 +14,7 @@ domain up. Left out: who may connect is a matter of the socket file's owner and 
 import errno
 import json
 import os
+import select
 import socket
 import struct
 
@@ -82,6 +83,12 @@ class Connection:
         client.setblocking(False)
         self.peer = peer_of(client)
         server.loop.watch(self.fd, self.ready)
+
+    def deserted(self) -> bool:
+        """Whether the client has hung up, maybe behind a request that is only served now."""
+        poll = select.poll()
+        poll.register(self.fd, 0)
+        return bool(poll.poll(0))
 
     def send(self, message: dict) -> None:
         self.send_bytes(json.dumps(message, separators=(",", ":")).encode() + b"\n")

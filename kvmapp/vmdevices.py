@@ -48,6 +48,8 @@ class DeviceVerbs:
 
     def verb_attach_device(self, connection, request) -> dict:
         self.require("running", "paused")
+        if connection.deserted():               # the daemon gave it up, and has taken the tap's filter away
+            raise BadRequest("nobody waits for this card any more")
         config, interface = self.with_interface(wanted(request, "interface", dict))
         files = self.take_files(connection, request)
         try:

@@ -1,9 +1,12 @@
 """The control socket's verbs for devices: what they ask of the machine, and what they refuse."""
+import socket
 from types import SimpleNamespace
 
 import pytest
 
+from kvmapp.control import Connection
 from kvmapp.errors import BadRequest
+from kvmapp.loop import Loop
 from kvmapp.vmdevices import DeviceNotFound, DeviceVerbs
 
 
@@ -35,6 +38,27 @@ def test_link_plugs_the_cable_in_and_out(domain):
 def test_a_link_request_of_another_shape_is_refused(domain, request_, words):
     with pytest.raises(BadRequest, match=words):
         domain.verb_link(None, request_)
+
+
+class PluggedIn(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("waits", "outcome"), [(True, PluggedIn), (False, BadRequest)])
+def test_a_card_that_nobody_waits_for_any_more_stays_out(domain, waits, outcome):
+    def plug(_section):
+        raise PluggedIn
+    domain.require, domain.with_interface = lambda *_states: None, plug
+    loop, (asker, ours) = Loop(), socket.socketpair()
+    with asker:
+        connection = Connection(SimpleNamespace(loop=loop, connections=set()), ours)
+        asker.send(b"the request")
+        if not waits:
+            asker.close()
+        with pytest.raises(outcome):
+            domain.verb_attach_device(connection, {"interface": {}})
+    ours.close()
+    loop.close()
 
 
 def test_a_card_that_is_not_there_is_named_with_those_that_are(domain):
