@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 PLACES = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd", "/usr/local/libexec/virtiofsd")
 SEARCH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 PACKAGES = "install virtiofsd (Debian 12: qemu-system-common), or set binary"
-PATIENCE = 10.0                         # seconds for `virtiofsd --help`; it takes milliseconds
+PATIENCE = 10.0                         # seconds for what takes virtiofsd milliseconds: `--help`, its end
 # For a server that has no option of its own: the folder is mounted onto itself, read-only, in a mount namespace that ends with it.
 READ_ONLY = 'mount --bind -- "$1" "$1" && mount -o remount,bind,ro -- "$1" && shift && exec "$@"'
 
@@ -37,6 +38,16 @@ class Server:
 
     def __init__(self, fd: int, process: subprocess.Popen | None = None):
         self.fd, self.process = fd, process
+
+    def dismiss(self) -> None:
+        """It is not wanted after all; waits until it has ended, as it does when its only client goes."""
+        os.close(self.fd)
+        if self.process is not None:
+            try:
+                self.process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)      # an old virtiofsd is two processes
+                self.process.wait()
 
 
 def start(filesystem: FilesystemConfig, log_fd: int) -> Server:

@@ -15,6 +15,11 @@ BLOCK = 1 << 20
 def open_log(path: str, limit: int, backups: int) -> int:
     """A descriptor for the domain; of /dev/null when the file cannot be written. Sets an over-long log aside first."""
     rotate(path, limit, backups, in_use=False)
+    return open_again(path)
+
+
+def open_again(path: str) -> int:
+    """As `open_log`, while it is in use."""
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
     except OSError:

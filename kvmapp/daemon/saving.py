@@ -54,7 +54,7 @@ async def managed_save_remove(call: Call) -> dict:
 
 async def restore(call: Call) -> dict:
     path, supervisor = absolute(call), call.supervisor
-    fd, config, was_paused = await in_own_thread(open_state, path)
+    fd, config, was_paused = await in_own_thread(open_state, path, unwanted=close_state)
     try:
         supervisor.refresh()
         domain = supervisor.domains.get(config.name)
@@ -82,7 +82,7 @@ async def start_or_go_on(supervisor: Supervisor, domain: Domain, who: str, *, pa
         remove_image(supervisor.paths, domain.name)
         return warnings
     try:
-        fd, config, was_paused = await in_own_thread(open_state, path)
+        fd, config, was_paused = await in_own_thread(open_state, path, unwanted=close_state)
     except StateError as error:
         raise StateError(error.message, f"kvmappctl managedsave-remove {domain.name} gives it up; then start boots the domain") from None
     try:
@@ -123,7 +123,7 @@ async def write(domain: Domain, path: str, job: Job, body: dict) -> None:
     """Saves the active domain and ends it; with `paused` or without, as the body has it. Raises KvmappError; then it goes on."""
     process = domain.want_active()
     job.progress = "writing its memory"
-    draft = await in_own_thread(statefile.Draft, path)
+    draft = await in_own_thread(statefile.Draft, path, unwanted=statefile.Draft.close)
     with draft:
         await process.ask("save", None, fd=draft.fd, **{"paused": body["paused"]} if "paused" in body else {})
         job.progress = "giving the file its name"
@@ -154,3 +154,7 @@ def open_state(path: str) -> tuple[int, DomainConfig, bool]:
     except BaseException:
         os.close(fd)
         raise
+
+
+def close_state(opened: tuple[int, DomainConfig, bool]) -> None:
+    os.close(opened[0])

@@ -30,7 +30,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
-    from kvmapp.config import DomainConfig
+    from kvmapp.config import DomainConfig, FilesystemConfig
     from kvmapp.daemon.jobs import Job
     from kvmapp.daemon.supervisor import Supervisor
     from kvmapp.hostconfig import GuestDefaults
@@ -117,6 +117,8 @@ class Start:
         await self.start_servers()
         if self.state >= 0:
             self.files["restore"] = os.dup(self.state)
+        self.check_macs()                                       # again: others may have started meanwhile
+        self.check_disks()
         self.note()
         await self.make_groups()
 
@@ -171,8 +173,7 @@ class Start:
         self.supervisor.clear_away(self.domain)
 
     def close_fds(self) -> None:
-        while self.files:
-            os.close(self.files.popitem()[1])
+        close_all(self.files)
 
     # Steps.
 
@@ -185,7 +186,8 @@ class Start:
             await asyncio.to_thread(groups.limit, name, no_limits(groups.unified))
         limits = group_limits(Tunables(self.config), Tunables(), groups.unified)
         if limits:
-            self.files |= await asyncio.to_thread(groups.make, name)
+            made = await in_own_thread(groups.make, name, unwanted=close_all)
+            self.files |= made
             self.warn(await asyncio.to_thread(groups.limit, name, limits))
 
     async def limit_vcpus(self, process: DomainProcess) -> None:
@@ -245,7 +247,8 @@ class Start:
     async def start_servers(self) -> None:
         """They end with the sockets that are handed over here, whatever becomes of this start."""
         for filesystem in self.config.filesystems:
-            server = await asyncio.to_thread(fileserver.start, filesystem, self.files["log"])
+            server = await in_own_thread(start_server, filesystem, self.paths.domain_log(self.domain.name),
+                                         unwanted=fileserver.Server.dismiss)
             self.files[f"filesystem:{filesystem.tag}"] = server.fd
             if server.process is not None:
                 self.servers.append([filesystem.tag, *self.supervisor.file_servers.take(server.process)])
@@ -280,6 +283,20 @@ class Start:
                              "raise [memtune] hard_limit" if self.config.memtune.hard_limit else "free some of the host's memory")
         return HostError(f"The process of domain '{self.domain.name}' ended before its guest ran",
                          f"see {self.paths.domain_log(self.domain.name)}")
+
+
+def start_server(filesystem: FilesystemConfig, log: str) -> fileserver.Server:
+    """With the log open by itself: a start that is broken meanwhile closes its own."""
+    fd = domainlog.open_again(log)
+    try:
+        return fileserver.start(filesystem, fd)
+    finally:
+        os.close(fd)
+
+
+def close_all(files: dict[str, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
 
 
 def owner(defaults: GuestDefaults, socket_gid: int | None) -> tuple[int | None, int | None]:

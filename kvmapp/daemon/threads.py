@@ -21,25 +21,40 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 
-async def in_own_thread(work: Callable[..., Result], *arguments: Any) -> Result:
-    """What the work returns or raises. Raises HostError where there are no more threads to be had."""
+async def in_own_thread(work: Callable[..., Result], *arguments: Any,
+                        unwanted: Callable[[Result], object] | None = None) -> Result:
+    """What the work returns or raises. Raises HostError where there are no more threads to be had.
+
+    Whoever waits may be broken off: what the work opens all the same goes to `unwanted`, which may hang, too.
+    """
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[Result] = loop.create_future()
 
-    def tell(set_outcome: Callable[[Any], None], outcome: object) -> None:
-        if not answer.done():                       # else whoever waited has given up
-            set_outcome(outcome)
+    def succeed(result: Result) -> None:
+        if not answer.done():
+            answer.set_result(result)
+        elif unwanted is not None:
+            begin(partial(unwanted, result))
+
+    def fail(error: Exception) -> None:
+        if not answer.done():
+            answer.set_exception(error)
 
     def run() -> None:
         try:
-            told = partial(tell, answer.set_result, work(*arguments))
+            told = partial(succeed, work(*arguments))
         except Exception as error:
-            told = partial(tell, answer.set_exception, error)
+            told = partial(fail, error)
         with suppress(RuntimeError):                # the daemon has ended meanwhile
             loop.call_soon_threadsafe(told)
 
+    begin(run)
+    return await answer
+
+
+def begin(work: Callable[[], object]) -> None:
+    """Raises HostError."""
     try:
-        threading.Thread(target=run, daemon=True).start()
+        threading.Thread(target=work, daemon=True).start()
     except RuntimeError as error:
         raise HostError(f"The daemon cannot start a thread: {error}", "see ulimit -u and pids.max") from None
-    return await answer

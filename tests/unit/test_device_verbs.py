@@ -1,6 +1,7 @@
 """The control socket's verbs for devices: what they ask of the machine, and what they refuse."""
 import socket
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,8 @@ def test_a_card_that_nobody_waits_for_any_more_stays_out(domain, waits, outcome)
     domain.require, domain.with_interface = lambda *_states: None, plug
     loop, (asker, ours) = Loop(), socket.socketpair()
     with asker:
-        connection = Connection(SimpleNamespace(loop=loop, connections=set()), ours)
+        server: Any = SimpleNamespace(loop=loop, connections=set())
+        connection = Connection(server, ours)
         asker.send(b"the request")
         if not waits:
             asker.close()

@@ -2,16 +2,19 @@
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from kvmapp.daemon.jobs import JobBroken
 from kvmapp.daemon.process import start_time_of
-from kvmapp.errors import HostError
+from kvmapp.errors import HostError, NameInUse
 
 SERVER = """#!{python}
 import socket, sys, time
 if sys.argv[1:] == ["--help"]:
+    {before_help}
     sys.exit(print("--shared-dir"))
 listener = socket.socket(fileno=int(sys.argv[1].removeprefix("--fd=")))
 client = listener.accept()[0]
@@ -22,11 +25,11 @@ while {stubborn}:
 """
 
 
-def add(host, name, *behaviour, stubborn=False, source=None):
+def add(host, name, *behaviour, stubborn=False, source=None, before_help="pass", rest=""):
     program = Path(host.root) / f"server-{stubborn}"
-    program.write_text(SERVER.format(python=sys.executable, stubborn=stubborn))
+    program.write_text(SERVER.format(python=sys.executable, stubborn=stubborn, before_help=before_help))
     program.chmod(0o755)
-    host.add(name, *behaviour, rest=f"[filesystem data]\nsource = {source or host.root}\nbinary = {program}\n")
+    host.add(name, *behaviour, rest=f"[filesystem data]\nsource = {source or host.root}\nbinary = {program}\n{rest}")
 
 
 def server_of(host, name):
@@ -95,6 +98,52 @@ def test_a_start_that_fails_leaves_none(host):
         host.post("lost", "start")
     assert caught.value.hint == "make the folder first"
     assert host.states()["lost"] == "shut off"
+
+
+class Gate:
+    """Where a server's --help waits."""
+
+    def __init__(self, host):
+        self.host, self.path = host, Path(host.root) / "gate"
+        os.mkfifo(self.path)
+        self.waits = f"open({str(self.path) + '-'!r} + str(__import__('os').getpid()), 'w'), open({str(self.path)!r}).read()"
+
+    def reached(self, count):
+        self.host.eventually(lambda: len(list(self.path.parent.glob("gate-*"))) == count, f"{count} at the gate")
+
+    def open(self):
+        self.path.write_text("")
+
+
+def test_a_start_that_is_broken_while_its_server_starts_leaves_none(host):
+    gate = Gate(host)
+    add(host, "web", before_help=gate.waits)
+    host.start()
+    with ThreadPoolExecutor(1) as clients:
+        start = clients.submit(host.post, "web", "start")
+        gate.reached(1)
+        host.post("web", "destroy")
+        with pytest.raises(JobBroken):
+            start.result()
+    assert host.states() == {"web": "shut off"}
+    gate.open()
+    log = Path(host.paths.domain_log("web"))
+    host.eventually(lambda: "serving" in log.read_text())               # by the time it can end, it has started
+    host.eventually(lambda: str(Path(host.root) / "server-False") not in every_command_line())
+
+
+def test_of_two_that_start_with_one_mac_at_the_same_moment_one_is_refused(host):
+    gate, card = Gate(host), "[interface 0]\ntype = user\nmac = 52:54:00:00:00:01\n"
+    for name in ("web", "db"):
+        add(host, name, before_help=gate.waits, rest=card)
+    host.start()
+    with ThreadPoolExecutor(2) as clients:
+        starts = [clients.submit(host.post, name, "start") for name in ("web", "db")]
+        gate.reached(2)
+        gate.open()
+        outcomes = [start.exception() for start in starts]
+    assert sorted(host.states().values()) == ["running", "shut off"]
+    assert [str(one) for one in outcomes if one] == [str(one) for one in outcomes if isinstance(one, NameInUse)] != []
 
 
 def every_command_line():
