@@ -17,6 +17,7 @@ import os
 import select
 import socket
 import struct
+import traceback
 
 from kvmapp.errors import BadRequest, KvmappError
 from kvmapp.loop import READ, WRITE, Loop
@@ -176,6 +177,11 @@ class Connection:
             answer = verb(self, request)
         except KvmappError as error:
             self.answer(number, error=error)
+            return
+        except Exception as error:      # a defect of ours costs whoever asked his answer, never the guest its run
+            traceback.print_exc()
+            self.answer(number, error=KvmappError(f"An internal error of the domain: {type(error).__name__}: {error}",
+                                                  "its log has more; this is a defect of kvmapp"))
             return
         finally:
             self.drop_fds()             # a verb that wants them has taken them

@@ -35,7 +35,7 @@ FLOORS = {
     "console": {"loop", "chardev"},
     "terminal": set(),
     "vmdevices": {"control", "machine"},
-    "preload": {"hw", "virtio", "block", "net", "control", "saving"},
+    "preload": {"hw", "virtio", "block", "net", "boot", "netcards", "control", "saving"},
     "vmprocess": {"devices", "control", "console", "loop", "machine", "vmdevices", "snapshot", "saving", "preload"},
     "timing": {"machine"},
     "foreground": {"console", "loop", "terminal", "machine", "snapshot", "vmprocess", "timing"},

@@ -66,6 +66,7 @@ class Served:
         self.server = ControlServer(self.loop, listen(path), {
             "status": lambda connection, request: {"state": "running"},
             "fail": self.fail,
+            "defect": lambda connection, request: 1 // 0,
             "subscribe": self.subscribe,
             "count": lambda connection, request: {"files": len(connection.fds)},
             "console": lambda connection, request: self.port.open(connection, bool(request.get("force"))),
@@ -119,6 +120,13 @@ def test_what_is_no_request_gets_an_error_and_the_connection_lives(served, line)
     client.socket.sendall(line + b"\n")
     assert json.loads(client.lines.readline())["error"]["code"] == "bad-request"
     assert "ok" in client.ask("status")
+
+
+def test_a_defect_in_a_verb_ends_neither_the_domain_nor_the_connection(served, capfd):
+    client = Client(served.path)
+    assert client.ask("defect")["error"]["message"].startswith("An internal error of the domain: ZeroDivisionError: ")
+    assert "ok" in client.ask("status")
+    assert "ZeroDivisionError" in capfd.readouterr().err
 
 
 def test_descriptors_come_with_a_request_and_are_closed_when_nobody_takes_them(served, tmp_path):
