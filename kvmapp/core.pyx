@@ -14,7 +14,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from kvmapp.abi cimport kvm as abi
-from kvmapp.abi.kvm cimport kvm_cpuid2, kvm_cpuid_entry2, kvm_pit_config, kvm_userspace_memory_region
+from kvmapp.abi.kvm cimport kvm_cpuid2, kvm_cpuid_entry2, kvm_pit_config, kvm_reinject_control, kvm_userspace_memory_region
 from kvmapp.abi.posix cimport close, errno, ioctl
 from kvmapp.vcpu cimport PAUSE, RUN, STOP, Vcpu, refused
 from kvmapp.vmstate cimport msr_indexes, restore_vcpu, restore_vm, save_vcpu, save_vm, tell_stopped
@@ -213,6 +213,7 @@ cdef class Vm:
 
     def resume(self):
         """Lets the vCPUs run; the first time it starts their threads."""
+        self.keep_ticks(True)
         if self.gate.wanted == PAUSE:                          # one that runs would not listen
             for vcpu in self.vcpus:
                 tell_stopped((<Vcpu>vcpu).fd)
@@ -224,6 +225,15 @@ cdef class Vm:
     def pause(self):
         """Returns when every vCPU stands at the gate with no access half done."""
         self.drive(PAUSE)
+        self.keep_ticks(False)
+
+    def keep_ticks(self, bint keep):
+        """Whether KVM keeps the PIT's ticks that the guest has not taken yet (8254 in Linux's i8254.c): the timer runs on while the guest
+        stands still, and a night of ticks would come down on it one after the other. Kernels that cannot do it keep all."""
+        cdef kvm_reinject_control control
+        memset(&control, 0, sizeof(control))
+        control.pit_reinject = keep
+        ioctl(self.fd, abi.KVM_REINJECT_CONTROL, &control)
 
     def close(self):
         """Ends the vCPU threads. The VM cannot run again; a second call does nothing."""

@@ -18,7 +18,7 @@ cdef extern from "linux/kvm.h" nogil:
     unsigned long KVM_GET_MP_STATE, KVM_SET_MP_STATE, KVM_GET_VCPU_EVENTS, KVM_SET_VCPU_EVENTS
     unsigned long KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS, KVM_GET_XSAVE, KVM_SET_XSAVE, KVM_GET_XCRS, KVM_SET_XCRS
     unsigned long KVM_SET_SIGNAL_MASK, KVM_KVMCLOCK_CTRL, KVM_GET_TSC_KHZ, KVM_SET_TSC_KHZ, KVM_GET_STATS_FD
-    unsigned long KVM_NMI, KVM_SMI
+    unsigned long KVM_NMI, KVM_SMI, KVM_REINJECT_CONTROL
 
     # capabilities
     int KVM_CAP_IRQCHIP, KVM_CAP_USER_MEMORY, KVM_CAP_SET_TSS_ADDR, KVM_CAP_EXT_CPUID, KVM_CAP_NR_VCPUS
@@ -49,6 +49,9 @@ cdef extern from "linux/kvm.h" nogil:
         KVM_MP_STATE_SIPI_RECEIVED
         KVM_CPUID_FLAG_SIGNIFCANT_INDEX
         KVM_PIT_SPEAKER_DUMMY
+
+    struct kvm_reinject_control:
+        uint8_t pit_reinject
 
     struct kvm_userspace_memory_region:
         uint32_t slot

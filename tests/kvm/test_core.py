@@ -33,6 +33,10 @@ WAKE_NEIGHBOUR = (b"\xc7\x05\xf0\x00\xe0\xfe\xff\x01\x00\x00"  # mov dword [0xfe
                   b"\xc7\x05\x00\x03\xe0\xfe\x00\x45\x00\x00"  # mov dword [0xfee00300], 0x4500: INIT
                   b"\xc7\x05\x00\x03\xe0\xfe\x02\x46\x00\x00"  # mov dword [0xfee00300], 0x4602: start-up at 0x2000
                   + COUNT)
+# The interrupt controller and a timer of 1 kHz, by polling: out 0x20 0x0c, in al 0x20; if there was one, inc dword [0x3000], out 0x20 0x20.
+COUNT_TICKS = (b"".join(b"\xb0" + bytes([value]) + b"\xe6" + bytes([port]) for port, value in [
+                   (0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0xFE), (0x43, 0x34), (0x40, 0xA9), (0x40, 0x04)])
+               + b"\xb0\x0c\xe6\x20\xe4\x20\x84\xc0\x79\xf6\xff\x05\x00\x30\x00\x00\xb0\x20\xe6\x20\xeb\xea")
 SAY_HELLO = b"\xc6\x06\x04\x30\x07" + SPIN           # real mode: mov byte [0x3004], 7
 
 
@@ -80,6 +84,20 @@ def test_a_paused_guest_stands_still_and_goes_on(make_vm, code):
         assert counter(vm) == stopped
         assert vm.vcpus[0].registers()["rip"] in range(CODE, CODE + len(code))
         vm.resume()
+
+
+def test_a_guest_finds_no_heap_of_ticks_after_a_pause(make_vm):
+    vm = make_vm(COUNT_TICKS)
+    vm.resume()
+    until(lambda: counter(vm) > 20)
+    vm.pause()
+    began, before = time.monotonic(), counter(vm)
+    time.sleep(1)                                      # it is what the test is about
+    vm.resume()
+    until(lambda: counter(vm) > before + 20)
+    time.sleep(0.1)
+    ticks, milliseconds = counter(vm) - before, (time.monotonic() - began - 1) * 1000
+    assert ticks < milliseconds + 300, "the timer's 1000 ticks of the pause came all the same"
 
 
 def test_a_guest_that_goes_on_is_told_that_it_stood_still(make_vm):
