@@ -160,10 +160,11 @@ cdef class GuestMemory:
 
     cdef int discard(self, uint8_t* hva, uint64_t length) noexcept nogil:
         """Gives the whole pages in this range (of an earlier `translate`) back to the host; what the guest reads there is void
-        until it writes. 0, or -errno where the host cannot."""
+        until it writes. 0, or -errno where the host cannot. Memory that is kept stays: parts of huge pages cannot be given back, on
+        some kernels the whole page goes with them, and another guest may take its place."""
         cdef uint64_t first = (<uint64_t>hva + PAGE_SIZE - 1) & ~<uint64_t>(PAGE_SIZE - 1)
         cdef uint64_t end = (<uint64_t>hva + length) & ~<uint64_t>(PAGE_SIZE - 1)
-        if end <= first:
+        if end <= first or self.is_kept():
             return 0
         return 0 if madvise(<void*>first, end - first, MADV_REMOVE if self.shared else MADV_DONTNEED) == 0 else -errno
 

@@ -55,6 +55,14 @@ def test_features_and_config(guest):
     assert driver.config(0, 8) == 0
 
 
+def test_memory_that_the_host_is_to_hold_stays():
+    with Guest(SIZE, held=True) as guest:
+        balloon = Balloon(guest)
+        balloon.fill(1000, 2)
+        balloon.inflate([1000, 1001])
+        assert balloon.gone(1000, 2) == []
+
+
 @pytest.mark.parametrize("pages", [
     [1000], [1000, 1001, 1002], [1002, 1001, 1000], [1000, 1002, 1004], [1003, 1000, 1001], [1001, 1000, 1002], [1000, 1000],
 ])

@@ -55,12 +55,12 @@ class Completion:
 class Guest:
     """The machine around a driver: one of `size` bytes without KVM, or that of a core.Vm. `allocate` hands its memory out;
     everything is given back by `close` (or `with`). `wiring` is how devices are reached: one of virtio_wirings.WIRINGS; `poll` the I/O
-    thread's, in ns."""
+    thread's, in ns; `held`: the host is to hold all of the memory."""
 
-    def __init__(self, size: int = 32 << 20, vm=None, wiring: str = "pci", poll: int = 0):
+    def __init__(self, size: int = 32 << 20, vm=None, wiring: str = "pci", poll: int = 0, held: bool = False):
         self.wiring = wiring
         if vm is None:
-            self.memory = GuestMemory(size)
+            self.memory = GuestMemory(size, prealloc=held)
             self.pio, self.mmio, self.interrupts = Bus("pio"), Bus("mmio"), Interrupts()
         else:
             self.memory, self.pio, self.mmio, self.interrupts = vm.memory, vm.pio, vm.mmio, vm.interrupts
