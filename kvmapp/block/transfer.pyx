@@ -109,7 +109,10 @@ cdef void note_write(HostFile* file, BlockRequest* request) noexcept nogil:
 
 
 cdef int note_flush(HostFile* file, int result) noexcept nogil:
-    """The kernel tells of lost writes once and then calls the pages clean: every later flush must fail too."""
+    """The kernel tells of lost writes once and then calls the pages clean: every later flush must fail too. Past the page cache
+    there are no such pages."""
+    if file.alignment > 1:
+        return result
     if result < 0 and file.flush_error == 0:
         file.flush_error = result
     return file.flush_error

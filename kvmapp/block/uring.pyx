@@ -16,7 +16,7 @@ from kvmapp.abi.io_uring cimport (IORING_FSYNC_DATASYNC, IORING_OP_FSYNC, IORING
                                   io_uring_prep_read, io_uring_prep_readv, io_uring_prep_write, io_uring_prep_writev, io_uring_probe,
                                   io_uring_queue_exit, io_uring_queue_init_params, io_uring_register_files, io_uring_sq_ready,
                                   io_uring_sqe, io_uring_sqe_set_data, io_uring_submit)
-from kvmapp.abi.posix cimport (EAGAIN, ECANCELED, EINTR, EINVAL, ENOSYS, EOPNOTSUPP, POLLIN, nanosleep, poll, pollfd, timespec)
+from kvmapp.abi.posix cimport (EAGAIN, ECANCELED, EINTR, EINVAL, EIO, ENOSYS, EOPNOTSUPP, POLLIN, nanosleep, poll, pollfd, timespec)
 from kvmapp.block.backend cimport BLOCK_FLUSH, BLOCK_READ, BLOCK_WRITE, BlockBackend
 from kvmapp.block.transfer cimport HostFile, advance, is_copy, is_misaligned, needs_sync, note_flush, note_write
 
@@ -155,8 +155,10 @@ cdef class UringChannel(FileChannel):
             advance(request, result)
             if request.operation == BLOCK_WRITE:
                 note_write(self.file, request)
+        if result == -EIO and needs_sync(self.file, request):
+            note_flush(self.file, result)            # the kernel may have told of another request's write, and will not do so again
         if request.moved == request.length:
-            self.finish(request, 0)
+            self.finish(request, self.file.flush_error if needs_sync(self.file, request) else 0)
         elif (result >= 0 or result == -EINTR or result == -EAGAIN or result == -ECANCELED or result == -EOPNOTSUPP
               or result == -EINVAL):
             self.give_workers(request)

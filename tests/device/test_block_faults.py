@@ -9,6 +9,7 @@ import textwrap
 import pytest
 
 from kvmapp.block.session import DiskSession
+from kvmapp.errors import HostError
 from tests.device.disks import open_raw, skip_what_the_host_lacks
 
 MIB = 1 << 20
@@ -136,3 +137,33 @@ def test_a_block_device_that_shrinks_under_us_gives_errors(image, io):
             assert disk.size == MIB // 2
     finally:
         subprocess.run(["losetup", "-d", device], check=True)
+
+
+@pytest.mark.parametrize(("cache", "sticks"), [("writeback", True), ("none", False)])
+def test_a_flush_that_failed_fails_for_ever_only_where_the_page_cache_forgets(image, cache, sticks):
+    """What was lost on its way from the page cache is told once; past it each flush tells anew."""
+    skip_what_the_host_lacks(image, cache=cache)
+    with open_raw(image, cache=cache, io="threads") as disk, DiskSession(disk) as session:
+        [number] = [int(fd) for fd in os.listdir("/proc/self/fd") if points_to(fd, image)]
+        good, (nowhere, other) = os.dup(number), os.pipe()
+        os.dup2(nowhere, number)                                 # whose fdatasync is EINVAL
+        with pytest.raises(OSError, match="Invalid argument"):
+            session.flush()
+        with pytest.raises(HostError, match=r"Cannot flush disk 'vda' \(.*disk.img\): Invalid argument"):
+            disk.flush()
+        os.dup2(good, number)
+        for fd in (good, nowhere, other):
+            os.close(fd)
+        if sticks:
+            with pytest.raises(OSError, match="Invalid argument"):
+                session.flush()
+        else:
+            session.flush()
+            disk.flush()
+
+
+def points_to(fd, path):
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == str(path)
+    except OSError:
+        return False
