@@ -64,6 +64,7 @@ def require_savable(config: DomainConfig) -> None:
 def write(machine: Machine, fd: int, progress: Callable[[int], None] = lambda done: None) -> int:
     """The whole machine into an open, empty file, synced; the file's size. Raises HostError."""
     config, state = describe(machine)
+    machine.flush_disks()
     return statefile.write(fd, config, state, machine.memory, progress)
 
 

@@ -422,9 +422,9 @@ def run_domain(config, *, control, log_fd: int, files: dict[str, int], run_dir: 
         write_ending(run_dir, config.name, Ending("failed", error.message, EXIT_ERROR), error.hint)
         return EXIT_ERROR
     loop.run()
-    domain.close()
     assert domain.ending
-    write_ending(run_dir, config.name, domain.ending)
+    write_ending(run_dir, config.name, domain.ending)       # first: to give much memory and many dirty pages back takes long
+    domain.close()
     return domain.ending.exit
 
 

@@ -31,4 +31,5 @@ cdef bint needs_sync(HostFile* file, BlockRequest* request) noexcept nogil
 cdef bint is_misaligned(HostFile* file, BlockRequest* request) noexcept nogil
 cdef void advance(BlockRequest* request, uint64_t count) noexcept nogil
 cdef void note_write(HostFile* file, BlockRequest* request) noexcept nogil
+cdef int flush(HostFile* file) noexcept nogil
 cdef int note_flush(HostFile* file, int result) noexcept nogil

@@ -18,7 +18,8 @@ class Machine:
     def __init__(self, path, *, serial="", queues=1, start=True, without=0, wiring="pci", **disk):
         skip_what_the_host_lacks(path, **disk)
         self.guest = Guest(wiring=wiring)
-        self.device = VirtioBlk("vda", self.guest.memory, open_raw(path, **disk), serial=serial, queues=queues)
+        self.disk = open_raw(path, **disk)
+        self.device = VirtioBlk("vda", self.guest.memory, self.disk, serial=serial, queues=queues)
         self.driver = self.guest.plug(self.device)
         if start:
             self.driver.start(without=without)

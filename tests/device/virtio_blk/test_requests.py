@@ -181,6 +181,16 @@ def dirty_pages(path):
     return answer[1]
 
 
+def test_a_flush_from_the_host_leaves_nothing_that_a_power_cut_could_take(image):
+    with Machine(image, cache="writeback") as machine:
+        until(lambda: machine.do(OUT, 0, b"d" * 4096)[0] == OK and dirty_pages(image))
+        machine.disk.flush()
+        if dirty_pages(image):
+            if image.stat().st_dev == os.stat("/dev/shm").st_dev:
+                pytest.skip("this file system is memory")
+            pytest.fail("pages are left that the host has not written")
+
+
 @pytest.mark.parametrize("io", ["threads", "io_uring"])
 @pytest.mark.parametrize(("without", "writeback", "cache", "durable"), [
     (0, 1, "writeback", False), (0, 0, "writeback", True), (CONFIG_WCE, None, "writeback", False),

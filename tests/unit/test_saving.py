@@ -1,0 +1,34 @@
+"""The saving of a domain: what comes before its file is whole."""
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvmapp import snapshot, statefile
+from kvmapp.errors import HostError
+from kvmapp.loop import Loop
+from kvmapp.saving import Saving
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_disks_are_flushed_before_the_file_gets_its_name(tmp_path, monkeypatch, fails):
+    done: list[str] = []
+
+    def flush_disks():
+        done.append("flushed")
+        if fails:
+            raise HostError("Cannot flush disk 'vda'")
+    machine: Any = SimpleNamespace(flush_disks=flush_disks, memory=None, config=None)
+    monkeypatch.setattr(snapshot, "describe", lambda *_: ({}, {}))
+    monkeypatch.setattr(statefile, "write", lambda fd, *_: done.append("written") or os.write(fd, b"x"))
+    loop, path = Loop(), tmp_path / "saved"
+
+    def over(error):
+        done.append(str(error))
+        loop.stop()
+    Saving(machine, loop, over, str(path))
+    loop.run()
+    loop.close()
+    assert done == (["flushed", "Cannot flush disk 'vda'"] if fails else ["flushed", "written", "None"])
+    assert os.listdir(tmp_path) == ([] if fails else ["saved"])
