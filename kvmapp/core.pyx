@@ -243,10 +243,13 @@ cdef class Vm:
 
     def drive(self, uint32_t wanted):
         """Makes every vCPU see `wanted`, and returns when none is in the guest."""
+        cdef bint all_stand = False
         with nogil:
             self.gate.want(wanted)
-        for vcpu in self.vcpus:
-            (<Vcpu>vcpu).kick()
+        while not all_stand:           # before Linux 4.14 a vCPU that waits for its INIT does not look whether it was kicked as it went
+            for vcpu in self.vcpus:
+                (<Vcpu>vcpu).kick()
+            with nogil:
+                all_stand = self.gate.await_all()
         with nogil:
-            self.gate.await_all()
             self.coalesced.drain()

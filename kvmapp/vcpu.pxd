@@ -23,7 +23,7 @@ cdef class Gate:
     cdef pthread_cond_t changed
 
     cdef void want(self, uint32_t wanted) noexcept nogil
-    cdef void await_all(self) noexcept nogil
+    cdef bint await_all(self) noexcept nogil
 
 
 cdef class Vcpu:

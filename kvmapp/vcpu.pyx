@@ -16,11 +16,12 @@ from kvmapp.abi cimport kvm as abi
 from kvmapp.abi.kvm cimport (KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_OUT,
                              KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, KVM_RUN, kvm_cpuid2, kvm_cpuid_entry2,
                              kvm_regs, kvm_segment, kvm_sregs)
-from kvmapp.abi.posix cimport (EAGAIN, EINTR, MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, SIG_BLOCK, SIG_UNBLOCK, SIGRTMIN,
-                               atomic_fence, close, errno, ioctl, mmap, munmap, own_thread_number, pthread_cond_broadcast,
-                               pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_create, pthread_join, pthread_kill,
-                               pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock, pthread_self,
-                               pthread_setname_np, pthread_sigmask, sigaction, sigaction_t, sigaddset, sigemptyset, sigfillset, sigset_t)
+from kvmapp.abi.posix cimport (CLOCK_REALTIME, EAGAIN, EINTR, ETIMEDOUT, MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, SIGRTMIN,
+                               SIG_BLOCK, SIG_UNBLOCK, atomic_fence, clock_gettime, close, errno, ioctl, mmap, munmap, own_thread_number,
+                               pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_timedwait, pthread_cond_wait,
+                               pthread_create, pthread_join, pthread_kill, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+                               pthread_mutex_unlock, pthread_self, pthread_setname_np, pthread_sigmask, sigaction, sigaction_t, sigaddset,
+                               sigemptyset, sigfillset, sigset_t, timespec)
 from kvmapp.devices cimport CRASH, POWER_OFF, RESET
 from kvmapp.iothread cimport monotonic_ns
 
@@ -45,6 +46,8 @@ cdef enum:
     CR4_PAE = 0x20
     EFER_LME = 0x100
     EFER_LMA = 0x400
+    PATIENCE = 20000000                                        # ns until vCPUs that have not come to the gate are kicked again
+    SECOND = 1000000000
 
 cdef uint64_t CR0_LONG = 0x80000033                            # PG, NE, ET, MP, PE
 
@@ -69,12 +72,20 @@ cdef class Gate:
         pthread_cond_broadcast(&self.changed)
         pthread_mutex_unlock(&self.lock)
 
-    cdef void await_all(self) noexcept nogil:
-        """Returns when no vCPU is in the guest."""
+    cdef bint await_all(self) noexcept nogil:
+        """Whether no vCPU is in the guest; waits for it, but not for long."""
+        cdef timespec deadline
+        cdef bint all_stand
+        clock_gettime(CLOCK_REALTIME, &deadline)
+        deadline.tv_nsec += PATIENCE
+        if deadline.tv_nsec >= SECOND:
+            deadline.tv_sec, deadline.tv_nsec = deadline.tv_sec + 1, deadline.tv_nsec - SECOND
         pthread_mutex_lock(&self.lock)
-        while self.awake > 0:
-            pthread_cond_wait(&self.changed, &self.lock)
+        while self.awake > 0 and pthread_cond_timedwait(&self.changed, &self.lock, &deadline) != ETIMEDOUT:
+            pass
+        all_stand = self.awake == 0
         pthread_mutex_unlock(&self.lock)
+        return all_stand
 
 
 cdef class Vcpu:

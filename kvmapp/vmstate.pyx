@@ -101,11 +101,18 @@ cpdef int restore_vcpu(int fd, dict state, uint64_t moment=0, uint64_t component
     reader.done()
     cdef bint drifts = set_tsc_khz(fd, khz) < 0
     for name, _, put, size in BEFORE_MSRS:
-        set_block(fd, name, put, blocks[name])
+        if name != "xcrs" or has_xcrs(fd):
+            set_block(fd, name, put, blocks[name])
     set_msrs(fd, msrs, moment, khz)
     for name, _, put, size in AFTER_MSRS:
         set_block(fd, name, put, blocks[name])
     return drifts
+
+
+cdef bint has_xcrs(int fd) except -1:
+    """A CPU without XSAVE (before 2011, or hidden from a host that is a guest itself) has none: KVM answers a count of 0, and refuses
+    every store."""
+    return get_block(fd, "xcrs", KVM_GET_XCRS, sizeof(kvm_xcrs))[:4] != bytes(4)
 
 
 cdef bytes only_components(bytes area, uint64_t components):
