@@ -7,6 +7,9 @@ guest up.
 """
 import errno
 import os
+import select
+import stat
+from contextlib import suppress
 
 from kvmapp.errors import HostError, KvmappError
 from kvmapp.loop import READ, WRITE, Loop
@@ -14,6 +17,9 @@ from kvmapp.loop import READ, WRITE, Loop
 SCROLLBACK = 64 << 10               # bytes
 TYPE_AHEAD = 64 << 10               # bytes typed that the guest has not taken
 LONGEST_LINE = 1024                 # bytes of a log line
+LAST_WORDS = 1.0                    # seconds that a guest that has ended waits for whoever reads its output
+# Of a FIFO or a terminal as well: a reader that stalls holds up what it is shown, and nothing else.
+TO_FILE = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -38,14 +44,14 @@ class Sink:
 def open_sink(config) -> Sink:
     """The sink that a [serial N] or [console N] section asks for. Raises HostError."""
     if config.type == "stdio":
-        return Sink(1, 0)
+        return Sink(own_output(1), 0)
     if config.type == "pty":
         return open_pty()
     if config.type == "file":
         try:
-            return Sink(os.open(config.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600))
+            return Sink(os.open(config.path, TO_FILE, 0o600))
         except OSError as error:
-            raise HostError(f"Cannot open {config.heading}'s file '{config.path}': {error.strerror}") from None
+            raise HostError(f"Cannot open {config.heading}'s file '{config.path}': {error.strerror}", hint_for(error)) from None
     return Sink()
 
 
@@ -54,9 +60,22 @@ def open_log(config) -> int | None:
     if not config.log:
         return None
     try:
-        return os.open(config.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        return os.open(config.log, TO_FILE, 0o600)
     except OSError as error:
-        raise HostError(f"Cannot open the log '{config.log}': {error.strerror}") from None
+        raise HostError(f"Cannot open the log '{config.log}': {error.strerror}", hint_for(error)) from None
+
+
+def hint_for(error: OSError) -> str:
+    return "a FIFO wants somebody who reads it" if error.errno == errno.ENXIO else ""
+
+
+def own_output(fd: int) -> int:
+    """The same terminal or pipe, opened anew so as to not wait for its reader: O_NONBLOCK would be the shell's, too."""
+    kind = os.fstat(fd).st_mode
+    if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):
+        with suppress(OSError):
+            return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    return fd
 
 
 def open_pty() -> Sink:
@@ -180,20 +199,26 @@ class ConsolePort:
         if typed:
             self.type(typed)
 
-    def drain(self) -> None:
-        """Shows the guest's last words before the end."""
+    def drain(self, patience: float | None = LAST_WORDS) -> None:
+        """Shows the guest's last words before the end, as long as somebody takes some of them within `patience` seconds (None: waits)."""
         self.output_ready(READ)
-        if self.unshown:
-            os.set_blocking(self.sink.output, True)
+        while self.unshown and takes_more(self.sink.output, patience):
             self.push()
 
-    def close(self) -> None:
-        self.drain()
+    def close(self, patience: float | None = LAST_WORDS) -> None:
+        self.drain(patience)
         self.loop.unwatch(self.backend.fd)
         if self.sink.source != NOBODY:
             self.loop.unwatch(self.sink.source)
         if self.client is not None:
             self.client.close()
+
+
+def takes_more(fd: int, patience: float | None) -> bool:
+    """Waits until the descriptor takes output, for so many seconds or for ever."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(None if patience is None else patience * 1000))
 
 
 class LogPort:

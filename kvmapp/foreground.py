@@ -16,7 +16,7 @@ from kvmapp.console import ConsolePort, open_log, open_sink
 from kvmapp.errors import KvmappError
 from kvmapp.loop import Loop
 from kvmapp.machine import Machine
-from kvmapp.vmprocess import Domain, Log
+from kvmapp.vmprocess import EXIT_ERROR, Domain, Log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -121,7 +121,10 @@ def live(domain: Domain, extras: Extras) -> int:
         if extras.timing:
             extras.timing.end(domain.machine)
     finally:
-        domain.close()
+        status = domain.ending.exit if domain.ending else EXIT_ERROR
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, lambda *_: os._exit(status))      # who reads the guest's last words may take his time, or not
+        domain.close(None)
     assert domain.ending
     return domain.ending.exit
 
@@ -164,5 +167,5 @@ def save(domain: Domain, path: str) -> None:
 
 def resize(domain: Domain) -> None:
     """Tells the guest's virtio consoles how large the terminal is."""
-    rows, columns, _, _ = struct.unpack("4H", fcntl.ioctl(sys.stdout.fileno(), termios.TIOCGWINSZ, bytes(8)))
+    rows, columns, _, _ = struct.unpack("4H", fcntl.ioctl(0, termios.TIOCGWINSZ, bytes(8)))
     domain.machine.resize_consoles(columns, rows)

@@ -8,7 +8,7 @@ guest's wish to power off or reset. When the domain ends, RUN_DIR/NAME.end tells
 import os
 import time
 
-from kvmapp.console import ConsolePort, LogPort, Sink, open_log, open_sink
+from kvmapp.console import LAST_WORDS, ConsolePort, LogPort, Sink, open_log, open_sink
 from kvmapp.devices import PowerEvent, set_log
 from kvmapp.errors import BadRequest, KvmappError, WrongState
 from kvmapp.loop import Loop
@@ -98,13 +98,15 @@ class Domain(DeviceVerbs):
         self.change(ending.state, ending.reason)
         self.loop.stop()
 
-    def close(self) -> None:
-        """Shows the guest's last words and gives everything back."""
+    def close(self, patience: float | None = LAST_WORDS) -> None:
+        """Shows the guest's last words and gives everything back; `patience`: see ConsolePort.drain."""
+        if self.ending and self.ending.reason == "destroyed":
+            patience = LAST_WORDS
         if self.saving:
             self.saving.give_up()
         self.machine.pause()
         for port in self.ports.values():
-            port.close()
+            port.close(patience)
         if self.debug_port:
             self.debug_port.close()
         if self.server:

@@ -1,4 +1,6 @@
 """`kvmapp run` as a user types it: every bad input gives one clear line with a hint and exit 1; the terminal stays as it was."""
+import contextlib
+import fcntl
 import os
 import pty
 import select
@@ -14,6 +16,7 @@ import pytest
 from kvmapp.core import Kvm
 from kvmapp.probe import IMAGE
 from tests.unit.boot_images import MIB, elf, pvh_note
+from tests.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = [sys.executable, "-m", "kvmapp", "run"]
@@ -82,15 +85,15 @@ def test_a_domain_file_runs(tmp_path):
 
 
 class Terminal:
-    """A guest on a pseudo terminal, as on a user's."""
+    """A guest on a pseudo terminal, as on a user's; `stdout`: but for its output."""
 
-    def __init__(self, *words):
+    def __init__(self, *words, stdout=None):
         self.master, slave = pty.openpty()
         self.before = termios.tcgetattr(slave)
         self.slave = slave
         self.seen = b""
         self.process = subprocess.Popen([*RUN, "--kernel", IMAGE, "--memory", "32", "--append", *words], cwd=ROOT, stdin=slave,
-                                        stdout=slave, stderr=slave, start_new_session=True)
+                                        stdout=stdout or slave, stderr=slave, start_new_session=True)
 
     def expect(self, text: bytes, seconds=60):
         deadline = time.monotonic() + seconds
@@ -116,8 +119,8 @@ class Terminal:
 def terminal():
     opened = []
 
-    def make(*words):
-        opened.append(Terminal(*words))
+    def make(*words, **stdout):
+        opened.append(Terminal(*words, **stdout))
         return opened[-1]
 
     yield make
@@ -147,6 +150,43 @@ def test_the_terminal_is_restored_when_the_machine_dies(terminal, number):
     os.kill(child_of(guest.process), number)
     assert guest.process.wait(60) == 128 + number
     assert guest.is_restored()
+
+
+def test_its_output_may_go_elsewhere_than_to_the_terminal(terminal, tmp_path):
+    with open(tmp_path / "boot.log", "wb") as log:
+        guest = terminal("steps=cpu report=serial end=poweroff", stdout=log)
+        assert guest.process.wait(60) == 0
+    assert b"ok cpu" in (tmp_path / "boot.log").read_bytes()
+    assert guest.is_restored()
+
+
+@pytest.mark.parametrize("number", [signal.SIGQUIT, signal.SIGTERM])
+def test_a_reader_that_stalls_makes_no_guest_deaf(number):
+    """As `kvmapp run ... | less` does."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
+    process = subprocess.Popen([*RUN, "--kernel", IMAGE, "--memory", "32", "--append", "steps=none end=reset banner=" + "X" * 200],
+                               cwd=ROOT, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.DEVNULL)
+    try:
+        wait_until_full(writer)
+        for _ in range(60):
+            process.send_signal(number)                  # of several that come together one may be all that is heard
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                assert process.wait(1) == 5
+                break
+        else:
+            pytest.fail("it hears nothing")
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)
+        os.close(writer)
+
+
+def wait_until_full(writer: int) -> None:
+    poll = select.poll()
+    poll.register(writer, select.POLLOUT)
+    until(lambda: not poll.poll(0), 60, 0.01)
 
 
 def test_an_error_leaves_the_terminal_alone(terminal):

@@ -6,12 +6,14 @@ import os
 import resource
 import socket
 import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from kvmapp.console import LONGEST_LINE, NOBODY, SCROLLBACK, ConsolePort, LogPort, Sink
+from kvmapp.console import LONGEST_LINE, NOBODY, SCROLLBACK, ConsolePort, LogPort, Sink, open_log, open_sink
 from kvmapp.control import BACKLOG_MOST, LINE_MOST, ControlServer, listen
-from kvmapp.errors import KvmappError
+from kvmapp.errors import HostError, KvmappError
 from kvmapp.loop import Loop
 
 
@@ -261,6 +263,23 @@ def test_a_sink_that_went_away_is_forgotten():
     port.show(b"anybody there?")
     port.show(b"no")
     assert port.sink.output == NOBODY
+
+
+def test_a_fifo_as_file_wants_a_reader_and_waits_for_none(tmp_path):
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    section: Any = SimpleNamespace(type="file", path=str(path), log=str(path), heading="[serial 0]")
+    for opening in (open_sink, open_log):
+        with pytest.raises(HostError, match="No such device or address") as caught:
+            opening(section)
+        assert caught.value.hint == "a FIFO wants somebody who reads it"
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    loop, backend = Loop(), FakeBackend()
+    port = ConsolePort(loop, "serial0", backend, open_sink(section), open_log(section))
+    port.show(bytes(1 << 20))                          # it reads nothing, so this would wait for ever
+    assert port.unshown and backend.fd not in loop.callbacks
+    port.drain(0)
+    os.close(reader)
 
 
 def test_a_file_on_a_full_disk_goes_on_when_there_is_room(monkeypatch):
