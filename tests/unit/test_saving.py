@@ -21,7 +21,11 @@ def test_disks_are_flushed_before_the_file_gets_its_name(tmp_path, monkeypatch, 
             raise HostError("Cannot flush disk 'vda'")
     machine: Any = SimpleNamespace(flush_disks=flush_disks, memory=None, config=None)
     monkeypatch.setattr(snapshot, "describe", lambda *_: ({}, {}))
-    monkeypatch.setattr(statefile, "write", lambda fd, *_: done.append("written") or os.write(fd, b"x"))
+
+    def write(fd, *_):
+        done.append("written")
+        os.write(fd, b"x")
+    monkeypatch.setattr(statefile, "write", write)
     loop, path = Loop(), tmp_path / "saved"
 
     def over(error):
