@@ -193,12 +193,23 @@ def test_what_ran_is_not_forgotten_while_the_daemon_does_not_answer(guests, shel
     assert ran.read_text() == "web\n"
 
 
-def test_no_unit_is_stopped_with_the_daemon():
-    """systemd.unit(5): Requires= and its stronger kin hand on a stop and a restart; of kvmapp-guests that is the end of every guest."""
+def unit_settings():
     for unit in (ROOT / "init/systemd").iterdir():
         for line in unit.read_text().splitlines():
-            key, _, others = line.partition("=")
-            assert key not in ("Requires", "Requisite", "BindsTo", "PartOf") or "kvmapp.service" not in others, (unit.name, line)
+            key, _, value = line.partition("=")
+            yield unit.name, key, value
+
+
+def test_no_unit_is_stopped_with_the_daemon():
+    """systemd.unit(5): Requires= and its stronger kin hand on a stop and a restart; of kvmapp-guests that is the end of every guest."""
+    for unit, key, others in unit_settings():
+        assert key not in ("Requires", "Requisite", "BindsTo", "PartOf") or "kvmapp.service" not in others, (unit, key)
+
+
+def test_no_timeout_is_infinity():
+    """systemd before 229 adds it to the time of day, and what overflows has passed already: the stop script would end at once."""
+    assert ("kvmapp-guests.service", "TimeoutStopSec", "0") in set(unit_settings())
+    assert not [(unit, key) for unit, key, value in unit_settings() if key.startswith("Timeout") and value == "infinity"]
 
 
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
