@@ -10,6 +10,10 @@ from pathlib import Path
 from onefile import build
 
 PATIENCE = 100
+# What this machine may have of an installed kvmapp: a daemon of the test's would start its guests, which are marked by autostart.
+OURS = ("etc/kvmapp", "etc/sysconfig/kvmapp*", "etc/default/kvmapp*", "etc/init.d/kvmapp*", "etc/rc?.d/*kvmapp*", "etc/logrotate.d/kvmapp*",
+        "etc/systemd/system/kvmapp*", "usr/lib/systemd/system/kvmapp*", "usr/lib/kvmapp", "usr/sbin/kvmapp*", "var/lib/kvmapp",
+        "var/log/kvmapp*", "var/cache/kvmapp")
 
 
 @dataclass
@@ -52,14 +56,16 @@ def newer(file: Path, identity: str, folder: Path) -> Path:
 
 
 class OverlayHost:
-    """This machine's root under a layer of its own, in namespaces of its own, without Python: as much of a host as a setup needs."""
+    """This machine's root under a layer of its own, in namespaces of its own, without Python and without a kvmapp that this machine has:
+    as much of a host as a setup needs.
+    """
 
     def __init__(self, folder: Path):
         script = (f"set -e; mount -t tmpfs layer {folder}; cd {folder}; mkdir upper work root\n"
                   "mount -t overlay -o lowerdir=/,upperdir=upper,workdir=work overlay root; cd root\n"
                   "mount -t proc proc proc; mount --rbind /dev dev\n"
                   "for folder in run tmp root; do mount -t tmpfs $folder $folder; done\n"
-                  "rm -rf usr/bin/python3* usr/lib/python3*; echo ready; exec sleep infinity")
+                  f"rm -rf usr/bin/python3* usr/lib/python3* {' '.join(OURS)}; echo ready; exec sleep infinity")
         self.folder = folder
         self.process = subprocess.Popen(["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", "sh", "-c", script],
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -3,6 +3,7 @@
 `kvmapp` runs the real daemon in a folder; `kvmapp-guests` speaks to a kvmappctl of the test's own, which notes what it is asked.
 """
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,17 +16,21 @@ ROOT = Path(__file__).resolve().parents[3]
 SHELLS = [shell for shell in (["dash"], ["bash"], ["busybox", "sh"]) if shutil.which(shell[0])]
 CENTOS = 'success() { printf "[  OK  ]\\r"; }\nfailure() { printf "[FAILED]\\r"; }\n'
 each_shell = pytest.mark.parametrize("shell", SHELLS, ids=lambda shell: shell[0])
+# This host's own settings, services and guests are none of a test's.
+NOTHING = dict.fromkeys(("KVMAPP_SETTINGS", "KVMAPP_FUNCTIONS", "KVMAPP_SYSTEMD", "KVMAPP_SUBSYS", "KVMAPP_GUESTS_SETTINGS",
+                         "KVMAPP_GUESTS_DAEMON", "KVMAPP_GUESTS_DOMAINS", "KVMAPP_GUESTS_LIST"), "/nonexistent") | {
+                             "KVMAPP": "false", "KVMAPPCTL": "false"}
 
 
 def run(shell, script, *words, **environment):
     done = subprocess.run([*shell, str(ROOT / "init" / script), *words], capture_output=True, text=True, timeout=60, check=False,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), **environment})
+                          env={**os.environ, "PYTHONPATH": str(ROOT), **NOTHING, **environment})
     return done.returncode, done.stdout, done.stderr
 
 
 @each_shell
 def test_daemon_start_to_stop(host, shell):
-    words = {"KVMAPP": f"{sys.executable} -m kvmapp", "KVMAPP_OPTIONS": f"--root {host.root}", "KVMAPP_FUNCTIONS": "/nonexistent"}
+    words = {"KVMAPP": f"{sys.executable} -m kvmapp", "KVMAPP_OPTIONS": f"--root {host.root}"}
     assert run(shell, "kvmapp", "status", **words) == (3, "kvmapp is stopped\n", "")
     assert run(shell, "kvmapp", "condrestart", **words) == (0, "", "")
     assert run(shell, "kvmapp", "start", **words) == (0, "Starting kvmapp daemon: OK\n", "")
@@ -44,6 +49,14 @@ def test_daemon_start_to_stop(host, shell):
     assert (status, said) == (1, "Reloading kvmapp daemon: FAILED\n") and "The kvmapp daemon does not run" in complaint
 
 
+def test_this_hosts_own_daemon_is_out_of_reach():
+    """Each place that the scripts look at or work on has another name in `run`."""
+    for script in ("kvmapp", "kvmapp-guests"):
+        for line in (ROOT / "init" / script).read_text().splitlines():
+            if not line.startswith("#") and re.search(r"/(etc|usr/sbin|run|var)/", line):
+                assert re.search(r"\$\{(\w+):-/", line).group(1) in NOTHING, line
+
+
 @each_shell
 def test_as_centos_shows_it(shell, tmp_path):
     functions = tmp_path / "functions"
@@ -55,7 +68,7 @@ def test_as_centos_shows_it(shell, tmp_path):
 @each_shell
 def test_failure_is_told_with_its_reason(host, shell):
     host.write("kvmapp.conf", "log_level = loud\n")
-    words = {"KVMAPP": f"{sys.executable} -m kvmapp", "KVMAPP_OPTIONS": f"--root {host.root}", "KVMAPP_FUNCTIONS": "/nonexistent"}
+    words = {"KVMAPP": f"{sys.executable} -m kvmapp", "KVMAPP_OPTIONS": f"--root {host.root}"}
     status, said, complaint = run(shell, "kvmapp", "start", **words)
     assert (status, said) == (1, "Starting kvmapp daemon: FAILED\n") and "kvmapp.conf:1: log_level = 'loud'" in complaint
 
@@ -65,7 +78,7 @@ def test_a_restart_that_stops_nothing_is_none(shell, tmp_path):
     stubborn = tmp_path / "kvmapp"
     stubborn.write_text("#!/bin/sh\n[ $2 != --stop ] || { echo 'error: it does not end' >&2; exit 1; }\n")
     stubborn.chmod(0o755)
-    words = {"KVMAPP": str(stubborn), "KVMAPP_FUNCTIONS": "/nonexistent"}
+    words = {"KVMAPP": str(stubborn)}
     for verb in ("restart", "condrestart"):
         assert run(shell, "kvmapp", verb, **words) == (1, "Stopping kvmapp daemon: FAILED\n", "error: it does not end\n")
 
