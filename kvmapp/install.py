@@ -33,6 +33,8 @@ GROUPS = ("kvmapp", "kvmapp-guest")
 USER = "kvmapp"
 LINK = "link to "                       # before the target, in the place of a checksum
 HOME = "/var/lib/kvmapp"
+GUESTS_THAT_RAN = "var/lib/kvmapp/guests-that-ran"      # init/kvmapp-guests starts them
+SYSTEMD = "/run/systemd/system"         # there where it runs
 SCRIPT, SHELL = "/etc/init.d/kvmapp", "/bin/sh"
 # Folder, mode. Domain files may hold secrets; images are reached by name only.
 FOLDERS = (("etc/kvmapp", 0o755), ("etc/kvmapp/domains", 0o700), ("etc/kvmapp/domains/autostart", 0o700),
@@ -284,9 +286,10 @@ class Setup:
 
     def enable(self) -> None:
         """Both services, by whatever keeps services here."""
-        if os.path.isdir("/run/systemd/system"):
+        if os.path.isdir(SYSTEMD):
             self.call("systemctl", "daemon-reload")
             self.call("systemctl", "enable", "kvmapp.service", "kvmapp-guests.service")
+            self.begin_guests()
         elif shutil.which("chkconfig"):
             for name in ("kvmapp", "kvmapp-guests"):
                 self.call("chkconfig", "--add", name)
@@ -296,12 +299,19 @@ class Setup:
         else:
             self.say("start it with the host by /etc/init.d/kvmapp start: neither systemd, chkconfig nor update-rc.d is here")
 
+    def begin_guests(self) -> None:
+        """What is only enabled has nothing to stop: the first shutdown would end no guest. Without its dependencies, which would start the
+        daemon now; and not where it would start guests, those that somebody shut down by stopping it.
+        """
+        if not os.path.exists(self.path(GUESTS_THAT_RAN)):
+            self.call("systemctl", "start", "--job-mode=ignore-dependencies", "kvmapp-guests.service")
+
     def disable(self) -> None:
         """Neither now nor with the host; guests run on."""
         if os.access(SCRIPT, os.X_OK) and runs():
             self.call(*self.daemon("stop"))
         names = ("kvmapp-guests", "kvmapp")
-        if os.path.isdir("/run/systemd/system"):
+        if os.path.isdir(SYSTEMD):
             self.call("systemctl", "disable", *(f"{name}.service" for name in names))
         elif shutil.which("chkconfig"):
             for name in names:

@@ -177,6 +177,22 @@ def test_cut_at_any_step_the_next_setup_finishes_it(root, tmp_path, monkeypatch)
     assert not [name for name in mine if name.endswith((".tmp", ".new"))]
 
 
+def test_under_systemd_guests_end_with_the_host_from_the_first_boot_on(root, monkeypatch):
+    """A unit that is enabled is not active yet, and only an active one is stopped; where guests would start by it, it waits for a boot."""
+    called = []
+    monkeypatch.setattr(install, "SYSTEMD", str(root))
+    monkeypatch.setattr(Setup, "call", lambda self, *words: called.append(words))
+    start = ("systemctl", "start", "--job-mode=ignore-dependencies", "kvmapp-guests.service")
+    one = Setup(str(root), print)
+    one.enable()
+    assert called == [("systemctl", "daemon-reload"), ("systemctl", "enable", "kvmapp.service", "kvmapp-guests.service"), start]
+    (root / "var/lib/kvmapp").mkdir(parents=True)
+    (root / install.GUESTS_THAT_RAN).write_text("web\n")
+    one.enable()
+    assert called.count(start) == 1
+    assert f":-/{install.GUESTS_THAT_RAN}}}" in Path(install.SOURCES, "init/kvmapp-guests").read_text()
+
+
 def test_as_somebody_else_it_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(install.UsageError, match="needs root"):

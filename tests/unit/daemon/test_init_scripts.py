@@ -66,6 +66,18 @@ def test_as_centos_shows_it(shell, tmp_path):
 
 
 @each_shell
+def test_centos_is_told_that_both_are_to_be_stopped(shell, tmp_path):
+    """Its rc runs stop scripts only of what has a file there."""
+    (tmp_path / "subsys").mkdir()
+    daemon = tmp_path / "kvmapp"
+    daemon.write_text('#!/bin/sh\n[ "$2" != --status ]\n')
+    daemon.chmod(0o755)
+    words = {"KVMAPP": str(daemon), "KVMAPP_SUBSYS": str(tmp_path / "subsys")}
+    assert run(shell, "kvmapp", "start", **words)[0] == 0
+    assert sorted(os.listdir(tmp_path / "subsys")) == ["kvmapp", "kvmapp-guests"]
+
+
+@each_shell
 def test_failure_is_told_with_its_reason(host, shell):
     host.write("kvmapp.conf", "log_level = loud\n")
     words = {"KVMAPP": f"{sys.executable} -m kvmapp", "KVMAPP_OPTIONS": f"--root {host.root}"}
@@ -194,6 +206,25 @@ def test_guests_that_outlived_the_daemon_are_shut_down_too(guests, shell, tmp_pa
 
 
 @each_shell
+def test_where_systemd_starts_no_unit_any_more_the_daemon_is_started_without(guests, shell, tmp_path):
+    """It refuses while the host goes down; the daemon's own settings hold all the same, and stay apart from these."""
+    refusing, program, settings = tmp_path / "daemon", tmp_path / "kvmapp", tmp_path / "kvmapp-settings"
+    refusing.write_text("#!/bin/sh\necho 'Transaction is destructive' >&2\nexit 1\n")
+    program.write_text(f'#!/bin/sh\necho "$*" >{tmp_path}/up\n')
+    settings.write_text("KVMAPP_OPTIONS='--heartbeat 9'\nSHUTDOWN_TIMEOUT=1\n")
+    refusing.chmod(0o755)
+    program.chmod(0o755)
+    Path(guests["KVMAPPCTL"]).write_text(CTL.replace("printf", f"[ -e {tmp_path}/up ] || exit 1\nprintf", 1))
+    (tmp_path / "domains" / "web").mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as control:
+        control.bind(str(tmp_path / "domains" / "web" / "control.sock"))
+    status, said, complaint = run(shell, "kvmapp-guests", "stop", **guests, KVMAPP=str(program), KVMAPP_SETTINGS=str(settings),
+                                  KVMAPP_GUESTS_DAEMON=str(refusing), KVMAPP_GUESTS_DOMAINS=str(tmp_path / "domains"))
+    assert (status, complaint) == (0, "Transaction is destructive\n") and "  web: shut down\n" in said and "has 7 s" in said
+    assert (tmp_path / "up").read_text() == "daemon --background --heartbeat 9\n"
+
+
+@each_shell
 def test_what_ran_is_not_forgotten_while_the_daemon_does_not_answer(guests, shell, tmp_path):
     Path(guests["KVMAPPCTL"]).write_text("#!/bin/sh\necho 'error: failed to connect to the hypervisor' >&2\nexit 1\n")
     guests["KVMAPP_GUESTS_DOMAINS"] = str(tmp_path / "domains")
@@ -217,6 +248,12 @@ def test_no_unit_is_stopped_with_the_daemon():
     """systemd.unit(5): Requires= and its stronger kin hand on a stop and a restart; of kvmapp-guests that is the end of every guest."""
     for unit, key, others in unit_settings():
         assert key not in ("Requires", "Requisite", "BindsTo", "PartOf") or "kvmapp.service" not in others, (unit, key)
+
+
+def test_guests_end_before_what_they_need():
+    """The unit of their processes too: kvmapp.service, which comes after it, may be stopped already and then orders nothing."""
+    [after] = [value.split() for unit, key, value in unit_settings() if (unit, key) == ("kvmapp-guests.service", "After")]
+    assert {"kvmapp.service", "kvmapp-domains.service", "network-online.target", "remote-fs.target"} <= set(after)
 
 
 def test_no_timeout_is_infinity():
