@@ -112,22 +112,29 @@ def test_headers_are_what_chkconfig_and_update_rc_read():
             assert f"# {key}:" in block
 
 
+UUID = "0000000-1111-4222-8333-444444444444"           # behind a letter for each domain: web, old server, scratch, marked
+RAN = f"a{UUID} web\nb{UUID} old server\nd{UUID} marked\n"
 CTL = """#!/bin/sh
 printf '%s\\n' "$*" >>"$CTL_LOG"
+U=0000000-1111-4222-8333-444444444444
 case $1 in
     list) case "$*" in
-              *persistent*) printf 'web\\nold server\\nmarked\\n\\n' ;;
-              *autostart*) printf 'marked\\n' ;;
-              *) printf 'web\\nold server\\nscratch\\n\\n' ;;
+              *--uuid\\ --name*persistent*) printf '%s\\n' "a$U web" "b$U old server" "d$U marked" '' ;;
+              *--uuid\\ --name*) printf '%s\\n' "a$U web" "b$U old server" "c$U scratch" '' ;;
+              *--uuid*autostart*) printf '%s\\n' "d$U" '' ;;
+              *--name*autostart*) printf '%s\\n' marked '' ;;
+              *--name*) printf '%s\\n' web 'old server' scratch '' ;;
           esac ;;
-    domstate) if [ "$2" = web ]; then echo running; else echo 'shut off'; fi ;;
-    shutdown) if [ "$2" = scratch ]; then
-                  echo "error: Failed to shutdown domain 'scratch'" >&2
-                  echo "error: Domain 'scratch' still runs 7 s after its power button was pressed" >&2
-                  echo "hint: destroy it" >&2
-                  exit 1
-              fi ;;
-    managedsave) [ "$2" = web ] || { echo "error: unknown command: 'managedsave'" >&2; exit 1; } ;;
+    domstate) case $2 in a$U | web) echo running ;; *) echo 'shut off' ;; esac ;;
+    shutdown) case $2 in
+                  a$U | b$U) ;;
+                  c$U) echo "error: Failed to shutdown domain '$2'" >&2
+                       echo "error: Domain 'scratch' still runs 7 s after its power button was pressed" >&2
+                       echo "hint: destroy it" >&2
+                       exit 1 ;;
+                  *) echo "error: '$2' may be another domain's Id" >&2; exit 1 ;;
+              esac ;;
+    managedsave) [ "$2" = a$U ] || { echo "error: unknown command: 'managedsave'" >&2; exit 1; } ;;
 esac
 """
 
@@ -145,20 +152,31 @@ def guests(tmp_path):
 
 @each_shell
 def test_guests_shut_down_side_by_side_and_start_again(guests, shell, tmp_path):
+    """Each by its UUID, which is never another domain's Id."""
     status, said, complaint = run(shell, "kvmapp-guests", "stop", **guests)
     head, *lines = said.splitlines()
     assert (status, complaint, head) == (0, "", "Shutting down kvmapp's domains (each has 7 s):")
     assert sorted(lines) == ["  old server: shut down",
                              "  scratch: error: Domain 'scratch' still runs 7 s after its power button was pressed",
                              "  web: shut down"]
-    assert (tmp_path / "state" / "ran").read_text() == "web\nold server\nmarked\n"
-    assert "shutdown old server --timeout 7\n" in (tmp_path / "log").read_text()
+    assert (tmp_path / "state" / "ran").read_text() == RAN
+    assert f"shutdown b{UUID} --timeout 7\n" in (tmp_path / "log").read_text()
     status, said, complaint = run(shell, "kvmapp-guests", "start", **guests)
     assert (status, complaint) == (0, "")
     assert said == ("Starting kvmapp's domains that ran before:\n  web: runs already\n  old server: started\n"
                     "  marked: left to its autostart mark\n")
-    assert not (tmp_path / "state" / "ran").exists()
+    assert f"start b{UUID}\n" in (tmp_path / "log").read_text() and not (tmp_path / "state" / "ran").exists()
     assert run(shell, "kvmapp-guests", "start", **guests) == (0, "", "")
+
+
+@each_shell
+def test_a_list_of_names_is_started_too(guests, shell, tmp_path):
+    """As an earlier kvmapp left it."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "ran").write_text("web\nold server\nmarked\n")
+    said = run(shell, "kvmapp-guests", "start", **guests)[1]
+    assert said.splitlines()[1:] == ["  web: runs already", "  old server: started", "  marked: left to its autostart mark"]
+    assert "start old server\n" in (tmp_path / "log").read_text()
 
 
 @each_shell
@@ -175,7 +193,7 @@ def test_guests_that_have_all_the_time_are_waited_for(guests, shell, tmp_path):
     Path(guests["KVMAPP_GUESTS_SETTINGS"]).write_text("SHUTDOWN_TIMEOUT=0\n")
     said = run(shell, "kvmapp-guests", "stop", **guests)[1].splitlines()
     assert said[0] == "Shutting down kvmapp's domains (each has all the time that it takes):" and "  web: shut down" in said
-    assert "shutdown web --timeout 2147483\n" in (tmp_path / "log").read_text()
+    assert f"shutdown a{UUID} --timeout 2147483\n" in (tmp_path / "log").read_text()
 
 
 @each_shell
