@@ -34,6 +34,7 @@ USER = "kvmapp"
 LINK = "link to "                       # before the target, in the place of a checksum
 HOME = "/var/lib/kvmapp"
 GUESTS_THAT_RAN = "var/lib/kvmapp/guests-that-ran"      # init/kvmapp-guests starts them
+UNIT_FOLDERS = ("usr/lib/systemd/system", "lib/systemd/system", "etc/systemd/system")    # the last one where /usr is read-only
 SYSTEMD = "/run/systemd/system"         # there where it runs
 SCRIPT, SHELL = "/etc/init.d/kvmapp", "/bin/sh"
 # Folder, mode. Domain files may hold secrets; images are reached by name only.
@@ -162,7 +163,8 @@ class Setup:
         """What is copied: where to, where from, mode."""
         found = [(f"etc/kvmapp/{name}", path, 0o644 if name.count("/") == 0 else 0o600) for name, path in tree("conf")]
         found += [(f"etc/init.d/{name}", os.path.join(SOURCES, "init", name), 0o755) for name in ("kvmapp", "kvmapp-guests")]
-        units = next((folder for folder in ("usr/lib/systemd/system", "lib/systemd/system") if os.path.isdir(self.path(folder))), None)
+        folders = [folder for folder in UNIT_FOLDERS if os.path.isdir(self.path(folder))]
+        units = next((folder for folder in folders if os.access(self.path(folder), os.W_OK)), None)
         if units:
             found += [(f"{units}/{name}", path, 0o644) for name, path in tree("init/systemd")]
         if os.path.isdir(self.path("etc/logrotate.d")):

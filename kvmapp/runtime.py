@@ -63,6 +63,7 @@ def library() -> str | None:
 
 def in_use(folder: str, but: int | None) -> set[str]:
     """The names of trees in `folder` that a process runs from, other than `but`."""
+    folder = os.path.realpath(folder)       # as the kernel says it; /usr/local is a link on some hosts
     found = set()
     for path in programs(but):
         if path.startswith(f"{folder}/"):

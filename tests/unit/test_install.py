@@ -207,6 +207,24 @@ def test_full_or_read_only_place_is_told(root, monkeypatch):
         install.main(["--root", str(root)])
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a mount of its own")
+@pytest.mark.parametrize("more", [(), ("--prefix", "/usr/local")], ids=["usr", "prefix"])
+def test_units_are_laid_down_where_usr_is_read_only(root, more):
+    """As on ostree's hosts, whose /usr/local is a link into /var."""
+    for folder in ("var/usrlocal", "etc/systemd/system"):
+        (root / folder).mkdir(parents=True)
+    (root / "usr/local").symlink_to("../var/usrlocal")
+    for folder in ("usr/sbin", "etc/bash_completion.d"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    script = f'mount --bind {root}/usr {root}/usr; mount -o remount,ro,bind {root}/usr; exec "$@"'
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", script, "sh", sys.executable, "-m", "kvmapp", "setup", "--root", root, *more],
+                          capture_output=True, text=True, cwd=install.SOURCES, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert sorted(path.name for path in (root / "etc/systemd/system").iterdir()) == [
+        "kvmapp-domains.service", "kvmapp-guests.service", "kvmapp.service"]
+    assert not list((root / "usr/lib/systemd/system").iterdir()) and (root / "etc/init.d/kvmapp").exists()
+
+
 def test_every_source_is_shipped():
     names = {name for name, _, _ in Setup(str(Path("/nonexistent")), print).files()}
     assert {"etc/init.d/kvmapp", "etc/kvmapp/kvmapp.conf", "usr/share/man/man1/kvmappctl.1"} <= names

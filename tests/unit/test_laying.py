@@ -3,6 +3,7 @@ import fcntl
 import os
 import shutil
 import struct
+import subprocess
 
 import pytest
 
@@ -98,6 +99,20 @@ def test_what_a_process_runs_from_is_kept(tmp_path, library, monkeypatch):
     assert runtime.sweep(str(library)) == []
     monkeypatch.undo()
     assert runtime.sweep(str(library)) == ["1"] and in_use(library) == "2"
+
+
+def test_what_a_process_runs_from_is_kept_behind_a_link_too(tmp_path, library):
+    """As /usr/local is one to /var/usrlocal; the kernel tells the path without links."""
+    (tmp_path / "link").symlink_to("library")
+    program = make_tree(library / "1", "1") + "/runtime/program"
+    shutil.copy("/bin/sleep", program)
+    with subprocess.Popen([str(tmp_path / "link/1/runtime/program"), "infinity"]) as running:
+        try:
+            assert runtime.in_use(str(tmp_path / "link"), None) == {"1"}
+            assert runtime.sweep(str(tmp_path / "link")) == []
+        finally:
+            running.kill()
+    assert runtime.sweep(str(tmp_path / "link")) == ["1"]
 
 
 def test_foreign_things_in_the_folder_stay(tmp_path, library):
