@@ -76,9 +76,15 @@ def control(pid_file: PidFile, given: argparse.Namespace) -> int:
         print(f"kvmapp (pid {pid}) is running..." if pid else
               "kvmapp dead but pid file exists" if stale else "kvmapp is stopped")
         return 0 if pid else 1 if stale else 3
-    if not pid:
-        raise HostError("The kvmapp daemon does not run", "to start it: /etc/init.d/kvmapp start, or systemctl start kvmapp")
-    os.kill(pid, signal.SIGTERM if given.stop else signal.SIGHUP)
+    try:
+        if not pid:
+            raise ProcessLookupError
+        os.kill(pid, signal.SIGTERM if given.stop else signal.SIGHUP)
+    except ProcessLookupError:
+        raise HostError("The kvmapp daemon does not run", "to start it: /etc/init.d/kvmapp start, or systemctl start kvmapp") from None
+    except PermissionError as error:
+        raise HostError(f"Cannot {'stop' if given.stop else 'reload'} the kvmapp daemon (pid {pid}): {error.strerror}",
+                        "as root, or as the user that started it") from None
     deadline = time.monotonic() + STOP_TIMEOUT
     while given.stop and pid_file.holder() == pid:
         if time.monotonic() > deadline:

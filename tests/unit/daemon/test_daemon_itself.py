@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from kvmapp.daemon.main import main
+from kvmapp.errors import HostError
 from tests.unit.daemon.host import DAEMON, PATIENCE, ROOT, SOCKET_GROUP
 
 
@@ -33,6 +37,22 @@ def test_second_daemon_says_who_runs(running):
     assert second.returncode == 1
     assert second.stderr.startswith(f"error: A kvmapp daemon runs already (pid {running.process.pid})\n")
     assert running.states() == {}
+
+
+@pytest.mark.parametrize("verb", ["stop", "reload"])
+def test_who_may_not_signal_it_is_told(running, monkeypatch, verb):
+    def refuse(error):
+        def kill(pid, number):
+            raise error(1, "Operation not permitted")
+        return kill
+    words = [f"--{verb}", "--root", str(running.root)]
+    monkeypatch.setattr(os, "kill", refuse(PermissionError))
+    with pytest.raises(HostError, match=rf"Cannot {verb} the kvmapp daemon \(pid {running.process.pid}\): Operation not") as caught:
+        main(words)
+    assert caught.value.hint.startswith("as root")
+    monkeypatch.setattr(os, "kill", refuse(ProcessLookupError))                 # it has ended just now
+    with pytest.raises(HostError, match="The kvmapp daemon does not run"):
+        main(words)
 
 
 def test_reload_takes_new_settings_and_survives_bad_ones(running):
