@@ -16,6 +16,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+ABOUT = ("Tells, line by line, whether this host can run guests, and what to mend. With --boot it runs a small guest of its own; with "
+         "--json it prints JSON. The exit status is 0 when nothing is missing.")
+USAGE = "kvmapp check [--boot] [--json]"
 PASS, WARN, FAIL = "PASS", "WARN", "FAIL"
 KVM_GET_API_VERSION, KVM_CHECK_EXTENSION = 0xAE00, 0xAE03
 KVM_API_VERSION = 12
@@ -48,16 +51,19 @@ class Line:
 
 
 def run_check(arguments: Sequence[str], boot_probe: Callable[[], str] | None = None, host: Host | None = None) -> int:
-    """The verb: `check [--json] [--boot]`. Prints and returns the exit status, 0 when nothing is FAIL.
+    """The verb: `check [--boot] [--json]`. Prints and returns the exit status, 0 when nothing is FAIL.
 
     `boot_probe` runs the probe guest and returns a line about it, or raises KvmappError.
     """
     from kvmapp.options import part_arguments
-    pairs, rest = part_arguments(arguments, {"--json": False, "--boot": False})
+    pairs, rest = part_arguments(arguments, {"--json": False, "--boot": False, "--help": False})
     if rest:
         from kvmapp.errors import UsageError
-        raise UsageError(f"check takes no argument, got {rest[0]!r}", "kvmapp check [--json] [--boot]")
+        raise UsageError(f"check takes no argument, got {rest[0]!r}", USAGE)
     options = {flag for flag, _ in pairs}
+    if "--help" in options:
+        print(f"usage: {USAGE}\n\n{ABOUT}")
+        return 0
     lines = check_host(host or Host(), boot_probe if "--boot" in options else None)
     failed = False
     if "--json" in options:

@@ -7,11 +7,17 @@ import os
 from kvmapp import __version__, runtime
 from kvmapp.errors import UsageError
 
+ABOUT = "Every part that is inside, with its version and licence; with a part's name the text of its licence."
 OURS = "kvmapp", __version__, "GPL-2.0-or-later"
 
 
 def main(arguments: list[str]) -> int:
     """Every part in a line; with a part's name the text of its licence."""
+    if "--help" in arguments:
+        print(f"usage: kvmapp licenses [PART]\n\n{ABOUT}")
+        return 0
+    if arguments and arguments[0].startswith("-"):
+        raise UsageError(f"unknown option '{arguments[0]}'", "kvmapp licenses [PART]")
     if len(arguments) > 1:
         raise UsageError(f"kvmapp licenses takes one part's name, got {' '.join(arguments)}")
     if arguments:

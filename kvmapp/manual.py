@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 
-from kvmapp import __version__, install
+from kvmapp import __version__, check, install, licences
 from kvmapp.daemon.main import make_parser as make_daemon_parser
 from kvmapp.options import RUN_EXTRAS, run_options
 from kvmapp.samples import roff
@@ -24,9 +24,6 @@ RUN_STATUSES = (("0", "The guest powered off."), ("1", "It could not be started,
                 ("3", "The guest reset itself, with --no-reboot."), ("4", "The guest crashed."), ("5", "It was ended from here."),
                 ("6", "It was saved, by SIGUSR1 with --save."),
                 ("2N+1", "The guest wrote N to its debug exit port."))
-CHECK = ("Tells, line by line, whether this host can run guests, and what to mend. With --boot it runs a small guest of its own; with "
-         "--json it prints JSON. The exit status is 0 when nothing is missing.")
-LICENSES = ("Every part that is inside, with its version and licence; with a part's name the text of its licence.")
 SIGNALS = (("SIGTERM, SIGINT", "Stop. Domains run on, and the next daemon finds them."),
            ("SIGHUP", "Read the configuration again and open the log anew."),
            ("SIGKILL", "Hurts no guest; the next daemon needs no clearing up after it."))
@@ -58,7 +55,7 @@ def manual() -> str:
     lines += [".PP", "Its exit status tells how the guest ended:"]
     for status, meaning in RUN_STATUSES:
         lines += entry(status, meaning)
-    lines += [".SH CHECK", roff(CHECK), ".SH LICENSES", roff(LICENSES)]
+    lines += [".SH CHECK", roff(check.ABOUT), ".SH LICENSES", roff(licences.ABOUT)]
     for title, parser in (("SETUP", install.make_parser()), ("DAEMON", make_daemon_parser())):
         lines += [f".SH {title}", roff(parser.description or ""), *options_of(parser)]
     lines += [".PP", "Signals:"]

@@ -30,8 +30,8 @@ class Option:
 
     def __init__(self, section: schema.Section, setting: schema.Setting | None):
         self.section, self.setting = section, setting
-        one = setting or section
-        self.flag, self.help = one.option, one.help
+        self.flag = (setting or section).option
+        self.help = setting.option_help if setting else section.help
         self.repeats = setting is None and section.kind in SUBOPTIONS
         if setting is None:
             self.metavar = SUBOPTIONS.get(section.kind, "")

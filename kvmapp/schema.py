@@ -42,11 +42,12 @@ from kvmapp.values import (
 
 class Setting:
     """One `key = value`. `default` is a typed value; None means that the key may be absent."""
-    __slots__ = ("default", "example", "help", "key", "kind", "live", "made", "option", "option_value", "required", "shown", "since")
+    __slots__ = ("default", "example", "help", "key", "kind", "live", "made", "option", "option_help", "option_value", "required", "shown",
+                 "since")
 
     def __init__(self, key: str, kind: Kind, default=None, *, help: str, required: bool = False, made: bool = False,
                  shown: bool = False, live: bool = False, since: str = "0.1", example: str = "", option: str = "",
-                 option_value: str | None = None):
+                 option_value: str | None = None, option_help: str = ""):
         self.key, self.kind, self.help = key, kind, help
         self.default = [] if default is None and kind.python_type is list else default
         self.required = required            # a file without it is not whole
@@ -57,6 +58,7 @@ class Setting:
         self.example = example              # text for the samples, where the default shows nothing
         self.option = option                # of `kvmapp run`
         self.option_value = option_value    # the text that an option without an argument stands for
+        self.option_help = option_help or help
 
 
 class Section:
@@ -196,6 +198,7 @@ DOMAIN = File(
                 help="What the guest's CPUs can do: host, all that this host's KVM offers; baseline, the level "
                      "x86-64-v2 (CPUs from 2009 on) and no more, so that the guest may move to any host."),
         Setting("acpi", YES_NO, True, shown=True, option="--no-acpi", option_value="no",
+                option_help="A machine without ACPI tables and without a power button.",
                 help="ACPI tables and power button; without them `shutdown` cannot reach the guest."),
         Setting("machine", Choice("pc", "microvm"), "pc", option="--machine",
                 help="pc, with a PCI bus; microvm, without: the guest's kernel needs a driver for virtio-mmio, and starts the "
@@ -209,6 +212,7 @@ DOMAIN = File(
                 help="What happens when the guest powers off: destroy ends the domain, restart starts it anew, "
                      "preserve leaves its memory for inspection."),
         Setting("on_reboot", LIFE_CYCLE, "restart", option="--no-reboot", option_value="destroy",
+                option_help="A guest that reboots ends, with exit status 3.",
                 help="What happens when the guest reboots."),
         Setting("on_crash", LIFE_CYCLE, "destroy", help="What happens when the guest crashes."),
         Setting("autostart_order", Integer(0, 9999), 100,
@@ -224,6 +228,7 @@ DOMAIN = File(
         Setting("cmdline", Text(2047), "", option="--append", example="console=ttyS0 root=/dev/vda1",
                 help="The kernel's command line."),
         Setting("unpack", YES_NO, True, option="--no-unpack", option_value="no",
+                option_help="A Linux bzImage unpacks itself in the guest, at each start.",
                 help="A Linux bzImage is unpacked by the host, once for all guests and starts, and kept in /var/cache/kvmapp; else "
                      "the guest unpacks it at each start."),
         always=True,

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kvmapp import check
+from kvmapp.__main__ import dispatch
 from kvmapp.errors import HostError, UsageError
 from kvmapp.hostinfo import Host, why_no_access
 
@@ -372,3 +373,13 @@ class TestWhyNoAccess:
     def test_what_is_not_there(self, file):
         assert why_no_access(f"{file.parent}/none/x", 4, 54321, set()) == \
             f"{file.parent}/none: No such file or directory"
+
+
+@pytest.mark.parametrize("verb", ["run", "check", "setup", "licenses", "daemon"])
+def test_every_verb_knows_help(verb, capsys):
+    try:
+        assert dispatch([verb, "--help"]) == 0
+    except SystemExit as ended:                 # argparse's own way
+        assert ended.code == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"usage: kvmapp {verb}") and shown.err == ""

@@ -21,6 +21,12 @@ def test_the_options_there_are():
         "--debug-exit": False}
 
 
+def test_an_option_that_turns_off_says_what_then_is():
+    """The setting's own words are of what it turns on."""
+    turning_off = [option for flag, option in run_options().items() if flag.startswith("--no-")]
+    assert turning_off and not [option.flag for option in turning_off if option.help == option.setting.help]
+
+
 def test_options_alone():
     config = config_of("--kernel", "vmlinuz", "--initrd=/i.gz", "--append", "console=ttyS0 a=b", "--memory", "128",
                        "--vcpus=4", "--no-acpi", "--no-reboot", "--rng", "--debug-exit", "--name", "probe")
