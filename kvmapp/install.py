@@ -4,10 +4,10 @@
     its groups, /usr/sbin/kvmapp
 
 What was laid down is noted with its checksum in /var/lib/kvmapp/installed.json. A file that somebody changed is never overwritten
-(the new one is laid beside it as NAME.new) and never removed, and configuration that somebody removed stays away; domains, disks and
-logs are never touched. Every step may be repeated: a setup that was killed is finished by the next one. The program comes first, in one
-step (laying.py): a daemon that runs is replaced, and guests run on under the version that started them. From source, a launcher leads to
-the checkout instead.
+(the new one is laid beside it as NAME.new, or NAME.new~) and never removed, and configuration that somebody removed stays away;
+domains, disks and logs are never touched. Every step may be repeated: a setup that was killed is finished by the next one. The program
+comes first, in one step (laying.py): a daemon that runs is replaced, and guests run on under the version that started them. From
+source, a launcher leads to the checkout instead.
 """
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ SOURCES = os.path.dirname(os.path.dirname(os.path.abspath(kvmapp.__file__)))    
 MANIFEST = "var/lib/kvmapp/installed.json"
 GROUPS = ("kvmapp", "kvmapp-guest")
 USER = "kvmapp"
+# Whoever reads these folders takes every file there, but none that ends with ~: logrotate (its taboo extensions), bash-completion.
+READ_WHOLE = ("etc/logrotate.d/", "etc/bash_completion.d/")
 LINK = "link to "                       # before the target, in the place of a checksum
 HOME = "/var/lib/kvmapp"
 GUESTS_THAT_RAN = "var/lib/kvmapp/guests-that-ran"      # init/kvmapp-guests starts them
@@ -205,8 +207,9 @@ class Setup:
             self.note(name, checksum)
             self.say(f"{'wrote' if there is None else 'renewed'} {path}")
         else:
-            self.write(f"{path}.new", content, mode)
-            self.say(f"kept {path}, which was changed; the new one is {path}.new")
+            new = f"{path}.new~" if name.startswith(READ_WHOLE) else f"{path}.new"
+            self.write(new, content, mode)
+            self.say(f"kept {path}, which was changed; the new one is {new}")
 
     def write(self, path: str, content: bytes, mode: int) -> None:
         """Whole or not at all."""

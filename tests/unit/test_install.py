@@ -1,5 +1,6 @@
 """`kvmapp setup` into a folder: what it lays down, that it keeps what was changed, and that it can be cut anywhere."""
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -88,6 +89,17 @@ def test_changed_files_are_kept_and_the_new_one_lies_beside(root):
     assert (root / "etc/kvmapp/kvmapp.conf").read_text() == "log_level = debug\n"
     assert (root / "etc/kvmapp/kvmapp.conf.new").exists()
     assert said == [f"kept {root}/etc/kvmapp/kvmapp.conf, which was changed; the new one is {root}/etc/kvmapp/kvmapp.conf.new"]
+
+
+def test_a_new_file_beside_an_old_one_is_no_second_entry(root):
+    """logrotate reads every name but those with a taboo extension, of which .new is none; bash-completion likewise."""
+    shutil.rmtree(root / "usr/share/bash-completion")
+    setup(root)
+    for name in ("etc/logrotate.d/kvmapp", "etc/bash_completion.d/kvmappctl"):
+        (root / name).write_text("# changed\n")
+    setup(root)
+    for name in ("etc/logrotate.d/kvmapp", "etc/bash_completion.d/kvmappctl"):
+        assert (root / name).read_text() == "# changed\n" and (root / f"{name}.new~").exists() and not (root / f"{name}.new").exists()
 
 
 def test_files_of_an_older_version_are_renewed(root):
