@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from kvmapp.hostconfig import GuestDefaults
 
 START_TIMEOUT = 60.0                    # from the fork to the guest's first instruction; a huge initrd on a slow disk takes time
+HELD_RATE = 64 << 20                    # bytes of held memory that a slow host reads or touches in a second
 KILL_TIMEOUT = 5.0                      # for a process to go after SIGKILL
 NEVER_FORKED = "The zygote died before it had started the domain"
 WARNINGS_MOST = 20                      # of a domain process about its restored machine
@@ -145,7 +146,7 @@ class Start:
             raise self.failure()
         self.note_process(process)
         try:
-            await process.hello(START_TIMEOUT)
+            await process.hello(patience(self.config))
         except NoResponse:
             if not process.pid:
                 raise ZygoteDied(NEVER_FORKED) from None
@@ -277,12 +278,18 @@ class Start:
             return HostError(ending["text"], ending["hint"])
         process: DomainProcess | None = self.domain.process
         if process is not None and process.pid and process.lives():
-            return NoResponse(f"Domain '{self.domain.name}' did not come up within {START_TIMEOUT:.0f} s", "its log has more")
+            return NoResponse(f"Domain '{self.domain.name}' did not come up within {patience(self.config):.0f} s", "its log has more")
         if self.supervisor.cgroups.oom_kills(self.domain.name):
             return HostError(f"The host's kernel killed the process of domain '{self.domain.name}' for want of memory before its guest ran",
                              "raise [memtune] hard_limit" if self.config.memtune.hard_limit else "free some of the host's memory")
         return HostError(f"The process of domain '{self.domain.name}' ended before its guest ran",
                          f"see {self.paths.domain_log(self.domain.name)}")
+
+
+def patience(config: DomainConfig) -> float:
+    """Seconds from the fork to the first answer. Memory that the host is to hold is touched first, or read from where it was saved."""
+    held = config.hugepages != "no" or config.prealloc or config.locked
+    return START_TIMEOUT + (config.memory / HELD_RATE if held else 0)
 
 
 def start_server(filesystem: FilesystemConfig, log: str) -> fileserver.Server:

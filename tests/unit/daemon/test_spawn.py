@@ -7,7 +7,9 @@ import subprocess
 
 import pytest
 
+from kvmapp.config import read_domain
 from kvmapp.daemon.spawn import Zygote
+from kvmapp.daemon.starting import patience
 
 
 def test_a_process_that_nobody_waits_for_any_more_does_not_live_on():
@@ -34,3 +36,8 @@ def test_a_process_that_nobody_waits_for_any_more_does_not_live_on():
     finally:
         child.kill()
         child.wait()
+
+
+@pytest.mark.parametrize(("more", "seconds"), [("", 60), ("hugepages = 2M\n", 1084), ("prealloc = yes\n", 1084), ("locked = yes\n", 1084)])
+def test_memory_that_is_held_has_time_to_be_read_or_touched(more, seconds):
+    assert patience(read_domain("big.conf", f"name = big\nmemory = 64 GiB\n{more}")) == seconds
