@@ -190,6 +190,15 @@ def start(live: NetworkConfig, files: Files, members: Iterable[tuple[str, str]])
         raise
 
 
+def runs_as(live: NetworkConfig, files: Files) -> bool:
+    """Whether the one that runs was started with the configuration that this network has now."""
+    try:
+        with open(files.config) as file:
+            return bool(pid_of(files)) and file.read() == config_text(live, files)
+    except OSError:
+        return False
+
+
 def tell(live: NetworkConfig, files: Files, members: Iterable[tuple[str, str]]) -> None:
     """Fixed addresses and names as they are now; it reads them on SIGHUP."""
     changed = write(files.hosts, hosts_text(live, members)) | write(files.names, names_text(live))

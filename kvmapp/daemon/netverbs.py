@@ -144,14 +144,13 @@ async def network_update(call: Call) -> dict:
         if key not in body:
             raise UsageError(f"net-update: {key} is missing")
     both = bool(body.get("live")) == bool(body.get("config"))
-    live, config = None, bool(body.get("config") or (both and one.stored is not None))
+    live, config = bool(body.get("live") or (both and one.active)), bool(body.get("config") or (both and one.stored is not None))
     if config:
         want_persistent(one)
         updated(one.store.config(one.name), body)
-    if body.get("live") or (both and one.active):
-        live = updated(networks.want_active(one), body)
-    if live is not None:
-        await networks.update(one, live)
+    if live:
+        updated(networks.want_active(one), body)
+        await networks.update(one, lambda before: updated(before, body))
     if config:                          # an administrator may have changed the file while the network was
         networks.refresh()
         text = one.store.text(one.name)

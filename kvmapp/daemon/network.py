@@ -141,6 +141,14 @@ class Network:
         if self.live and dnsmasq.is_wanted(self.live):
             dnsmasq.tell(self.live, self.files, names_of(members))
 
+    def renew_dnsmasq(self, members: Members) -> None:
+        """After an update: what its configuration tells it, it does not read again."""
+        assert self.live
+        if not dnsmasq.is_wanted(self.live):
+            dnsmasq.stop(self.files)
+        elif not dnsmasq.runs_as(self.live, self.files):
+            dnsmasq.start(self.live, self.files, names_of(members))
+
     def take_down(self) -> None:
         """Whatever of it is there. Goes on past what fails, then raises the first failure."""
         assert self.live

@@ -19,6 +19,8 @@ from kvmapp.hostinfo import boot_id
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmapp.config import DomainConfig, InterfaceConfig
     from kvmapp.daemon.supervisor import Supervisor
 
@@ -233,21 +235,27 @@ class Networks:
         self.supervisor.events.publish("network", None, type="stopped", detail=network.name)
         return warnings
 
-    async def update(self, network: Network, live: NetworkConfig) -> None:
+    async def update(self, network: Network, change: Callable[[NetworkConfig], NetworkConfig]) -> None:
         """Hosts and forwards of an active network, changed while guests use them. What fails changes nothing."""
         async with self.lock:
             before = self.want_active(network)
+            live = change(before)               # not sooner: an earlier update is in it
             self.check_forwards(live)
             await asyncio.to_thread(network.check_ports, live, before.forwards)
             network.live = live
             try:
                 await self.set_rules()
-                network.tell_names(self.members(network.name))
+                await self.tell_dnsmasq(network)
                 network.note(ACTIVE)
             except (KvmappError, OSError):
                 network.live = before
                 await self.set_rules()
+                await self.tell_dnsmasq(network)
                 raise
+
+    async def tell_dnsmasq(self, network: Network) -> None:
+        await asyncio.to_thread(network.renew_dnsmasq, self.members(network.name))
+        network.tell_names(self.members(network.name))          # domains may have come meanwhile
 
     def check_forwards(self, live: NetworkConfig) -> None:
         """A port of the host leads to one guest."""

@@ -124,6 +124,35 @@ def test_forwards_and_fixed_addresses_change_while_it_is_active(host):
     assert "forward http" not in Path(host.paths.networks, "default.conf").read_text()
 
 
+def test_updates_at_one_moment_are_all_there(host):
+    path = Path(host.network())
+    host.start()
+    host.net("post", "default", "start")
+    names = [f"f{number}" for number in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        list(pool.map(lambda name: host.net("post", "default", "update", command="add", section="forward", name=name,
+                                            settings={"port": f"80{name[1:]}0", "to": "192.168.122.9"}), names))
+    for text in (host.net("get", "default", "config")["text"], path.read_text()):
+        assert sorted(line for line in text.splitlines() if line.startswith("[forward")) == [f"[forward {name}]" for name in names]
+    assert host.rules().count("dnat to") == 20
+
+
+def test_a_host_in_a_network_without_dhcp_gets_its_address_at_once(host):
+    """dnsmasq does not read its own configuration again."""
+    host.network(text="name = default\n[ipv4]\naddress = 192.168.122.1/24\n[dns]\nenabled = no\n")
+    host.start()
+    host.net("post", "default", "start")
+    assert host.dnsmasqs() == []
+    update = {"section": "host", "name": "web"}
+    host.net("post", "default", "update", command="add", **update, settings={"mac": "52:54:00:00:00:01", "ipv4": "192.168.122.10"})
+    [first] = host.dnsmasqs()
+    assert "dhcp-range=192.168.122.0,static" in Path(host.paths.network_run, "default.dnsmasq").read_text()
+    host.net("post", "default", "update", command="modify", **update, settings={"ipv4": "192.168.122.11"})
+    assert host.dnsmasqs() == [first], "fixed addresses alone it reads again"
+    host.net("post", "default", "update", command="delete", **update)
+    assert host.dnsmasqs() == []
+
+
 @pytest.mark.parametrize(("change", "words"), [
     ({"command": "add", "section": "forward", "name": "a", "settings": {"port": "8080", "to": "mars"}}, "neither an address nor a"),
     ({"command": "add", "section": "host", "name": "a", "settings": {"mac": "52:54:00:00:00:01", "ipv4": "10.0.0.1"}},
