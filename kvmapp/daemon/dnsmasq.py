@@ -6,6 +6,7 @@ it again. Names: a guest is known by its domain's name, a [host] by its heading,
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import time
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 STOP_PATIENCE = 3.0                     # seconds between SIGTERM and SIGKILL
 LOOK_AGAIN = 0.02                       # ... between two looks at a process that is to end
 LEASES_LIMIT = 4 << 20
+NO_NAME = re.compile(r"\d+[smhdw]?|infinite|ignore")       # in dhcp-hostsfile: a lease's time, or whom to give none
 
 
 class Files:
@@ -129,11 +131,12 @@ def dhcp6_lines(live: NetworkConfig) -> list[str]:
 
 
 def hosts_text(live: NetworkConfig, members: Iterable[tuple[str, str]]) -> str:
-    """dhcp-hostsfile: fixed addresses, and the names of running domains by (MAC, name)."""
+    """dhcp-hostsfile: fixed addresses, and the names of running domains by (MAC, name). A name that is none there is left out."""
     lines = []
     macs, names = {host.mac for host in live.hosts}, {host.name for host in live.hosts}
     for host in live.hosts:
-        lines.append(",".join(filter(None, (host.mac, host.ipv4, host.ipv6 and f"[{host.ipv6}]", host.name))))
+        lines.append(",".join(filter(None, (host.mac, host.ipv4, host.ipv6 and f"[{host.ipv6}]",
+                                             None if NO_NAME.fullmatch(host.name.lower()) else host.name))))
     for mac, name in members:
         if mac not in macs and name.lower() not in names and is_label(name):
             macs.add(mac)
@@ -153,7 +156,7 @@ def is_label(name: str) -> bool:
         DomainName().parse(name)
     except ValueError:
         return False
-    return "." not in name
+    return "." not in name and not NO_NAME.fullmatch(name.lower())
 
 
 def write(path: str, text: str) -> bool:

@@ -173,6 +173,17 @@ def test_hosts_file_names_domains_that_dns_can_bear_once():
     assert dnsmasq.names_text(one) == "192.168.122.10 web\n"
 
 
+@pytest.mark.parametrize("name", ["101", "12h", "90M", "7d", "2w", "30s", "infinite", "ignore"])
+def test_names_that_mean_something_else_in_the_hosts_file_are_left_out(name):
+    """dnsmasq takes them for a lease's time, or for an order to give no address."""
+    one = network(hosts=[{"name": name.lower(), "mac": "52:54:00:00:00:09", "ipv4": "192.168.122.10"}])
+    assert lines(dnsmasq.hosts_text(one, [])) == ["52:54:00:00:00:09,192.168.122.10"]
+    assert dnsmasq.names_text(one) == f"192.168.122.10 {name.lower()}\n"
+    assert dnsmasq.hosts_text(network(), [("52:54:00:00:00:0a", name)]) == ""
+    assert lines(dnsmasq.hosts_text(network(), [("52:54:00:00:00:0a", f"{name}x"), ("52:54:00:00:00:0b", "m")])) == [
+        f"52:54:00:00:00:0a,{name.lower()}x", "52:54:00:00:00:0b,m"]
+
+
 def test_leases():
     text = """100 52:54:00:00:00:01 192.168.122.27 ann 01:52:54:00:00:00:01
 50 52:54:00:00:00:02 192.168.122.28 gone *
