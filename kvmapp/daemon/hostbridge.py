@@ -10,12 +10,11 @@ policy routing, routes of several next hops (refused).
 """
 from __future__ import annotations
 
-import json
 import os
 import re
 from itertools import groupby
 
-from kvmapp.daemon.hostnet import exists, read_sysctl, run, write_sysctl
+from kvmapp.daemon.hostnet import ask, exists, read_sysctl, run, write_sysctl
 from kvmapp.daemon.taps import is_bridge
 from kvmapp.errors import HostError, KvmappError, NameInUse
 
@@ -44,7 +43,7 @@ class Move:
 def interfaces() -> list[dict]:
     """virsh's iface-list: what the host has without guests' taps."""
     found = []
-    for link in json.loads(run(["ip", "-json", "address", "show"], "look at the host's network devices") or "[]"):
+    for link in ask(["ip", "address", "show"], "look at the host's network devices"):
         name = link.get("ifname", "")
         if name and not os.path.exists(f"{NET}/{name}/tun_flags"):
             found.append({"name": name, "mac": link.get("address"), "active": "UP" in link.get("flags", ()), "mtu": link.get("mtu"),
@@ -140,7 +139,7 @@ def advertisements(source: str, target: str) -> list[str]:
 def want_no_multipath(device: str, what: str) -> None:
     """Such a route is in no list of one device's routes, and goes with one of its devices' addresses."""
     for family in (4, 6):
-        for route in json.loads(run(["ip", f"-{family}", "-json", "route", "show", "table", "all"], what) or "[]"):
+        for route in ask(["ip", f"-{family}", "route", "show", "table", "all"], what):
             if any(hop.get("dev") == device for hop in route.get("nexthops", ())):
                 raise HostError(f"Cannot {what}: the route to {route.get('dst')} has several next hops, one of them by {device}",
                                 f"take that route away first, and make it again afterwards: ip -{family} route show {route.get('dst')}")
@@ -149,10 +148,9 @@ def want_no_multipath(device: str, what: str) -> None:
 def look(device: str) -> dict:
     """Its link, addresses and routes."""
     what = f"look at '{device}'"
-    link = json.loads(run(["ip", "-json", "address", "show", "dev", device], what))[0]
+    link = ask(["ip", "address", "show", "dev", device], what)[0]
     link["routes"] = [{**route, "family": family} for family in (4, 6)
-                      for route in json.loads(run(["ip", f"-{family}", "-json", "route", "show", "table", "all", "dev", device], what)
-                                              or "[]") if is_kept(route)]
+                      for route in ask(["ip", f"-{family}", "route", "show", "table", "all", "dev", device], what) if is_kept(route)]
     return link
 
 

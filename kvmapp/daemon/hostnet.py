@@ -84,6 +84,19 @@ def run(words: list[str], what_for: str, text: str | None = None) -> str:
     return done.stdout
 
 
+def ask(words: list[str], what_for: str) -> list[dict]:
+    """What `ip`, `bridge` or `tc` lists. An old one knows no -json, or heeds it for some of its lists only."""
+    try:
+        return json.loads(run([words[0], "-json", *words[1:]], what_for) or "[]")
+    except ValueError:
+        said = "it printed no JSON"
+    except HostError as error:
+        if "-json" not in error.message:
+            raise
+        said = "it knows no -json"
+    raise HostError(f"Cannot {what_for}: {words[0]}: {said}", "install iproute2 4.16 or newer")
+
+
 # Bridges.
 
 def make_bridge(live: NetworkConfig) -> None:
@@ -181,7 +194,7 @@ def routes(version: int) -> list[dict]:
     from ipaddress import ip_network
     text = run(["ip", f"-{version}", "-json", "route", "show"], "look at the host's routes")
     found = []
-    for route in json.loads(text or "[]"):
+    for route in ask(["ip", f"-{version}", "route", "show"], "look at the host's routes"):
         try:
             found.append({**route, "dst": ip_network(route["dst"]), "dev": route.get("dev", "?")})
         except (KeyError, ValueError):
@@ -241,8 +254,7 @@ def write_sysctl(name: str, value: str) -> None:
 
 def neighbours() -> list[tuple[str, str]]:
     """(MAC, address) of everybody that the host has spoken with of late."""
-    text = run(["ip", "-json", "neighbour", "show"], "look at the host's neighbours")
-    return [(entry["lladdr"], entry["dst"]) for entry in json.loads(text or "[]")
+    return [(entry["lladdr"], entry["dst"]) for entry in ask(["ip", "neighbour", "show"], "look at the host's neighbours")
             if "lladdr" in entry and not {"FAILED", "INCOMPLETE"} & set(entry.get("state", ()))]
 
 

@@ -10,6 +10,10 @@ spoofs) and forwards from the host's own 127.0.0.1.
 """
 from __future__ import annotations
 
+import re
+from contextlib import suppress
+from functools import cache
+
 from kvmapp.daemon.hostnet import find_program, run
 from kvmapp.errors import HostError
 
@@ -63,7 +67,7 @@ def apply_iptables(networks: list[NetworkConfig]) -> None:
                 raise HostError("Cannot set the rules of networks: neither nft nor iptables is installed", "install nftables")
             continue
         if wanted:
-            run([f"{tool}-restore", "--noflush"], "set the rules of networks", iptables_text(wanted))
+            run([f"{tool}-restore", *waiting(tool, (1, 6, 2)), "--noflush"], "set the rules of networks", iptables_text(wanted))
         for chain, (_, table, base) in CHAINS.items():
             jump(tool, table, base, f"KVMAPP-{chain.upper()}", bool(wanted))
 
@@ -103,21 +107,30 @@ def listed(words: list[str]) -> str:
 
 
 def jump(tool: str, table: str, base: str, chain: str, wanted: bool) -> None:
-    """Our chain is tried first; without networks it is gone."""
-    def runs(*words: str) -> bool:
-        try:
-            run([tool, "-t", table, *words], "set the rules of networks")
-        except HostError:
-            return False
-        return True
-    there = runs("-C", base, "-j", chain)
+    """Our chain is tried first, once; without networks it is gone."""
+    what = "set the rules of networks"
+    words = [tool, *waiting(tool, (1, 4, 21)), "-t", table]
+    try:
+        there = run([*words, "-S", base], what).splitlines().count(f"-A {base} -j {chain}")
+    except HostError as error:
+        if wanted or "xtables lock" in error.message:
+            raise
+        return                                  # a kernel without this table has nothing of ours in it
     if wanted and not there:
-        run([tool, "-t", table, "-I", base, "1", "-j", chain], "set the rules of networks")
-    elif not wanted:
-        if there:
-            runs("-D", base, "-j", chain)
-        if runs("-F", chain):
-            runs("-X", chain)
+        run([*words, "-I", base, "1", "-j", chain], what)
+    for _ in range(there - bool(wanted)):
+        run([*words, "-D", base, "-j", chain], what)
+    if not wanted:
+        with suppress(HostError):               # there may be no such chain
+            run([*words, "-F", chain], what)
+            run([*words, "-X", chain], what)
+
+
+@cache
+def waiting(tool: str, since: tuple[int, ...]) -> list[str]:
+    """For whoever else changes rules at this moment, some seconds; without this a lock that is held is an error."""
+    found = re.search(r" v(\d+)\.(\d+)\.(\d+)", run([tool, "--version"], "look at the version of iptables"))
+    return ["-w", "5"] if found and tuple(map(int, found.groups())) >= since else []
 
 
 # What must hold.

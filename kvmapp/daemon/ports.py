@@ -4,11 +4,10 @@ bridge(8). The steps block; cards.py calls them in threads, one at a time.
 """
 from __future__ import annotations
 
-import json
 import os
 
 from kvmapp.daemon import cardfilter, shaping
-from kvmapp.daemon.hostnet import add_port, run
+from kvmapp.daemon.hostnet import add_port, ask, run
 from kvmapp.daemon.taps import is_bridge
 from kvmapp.errors import HostError
 from kvmapp.values import WORD_CHARACTERS
@@ -49,7 +48,7 @@ def settle(card: InterfaceConfig, tap: str, bridge: str, known: Known) -> None:
 def join_vlan(card: InterfaceConfig, tap: str, bridge: str) -> None:
     """The only one of this port; frames leave and enter it without a tag."""
     what = want_vlans(card, bridge)
-    for port in json.loads(run(["bridge", "-json", "vlan", "show", "dev", tap], what) or "[]"):
+    for port in ask(["bridge", "vlan", "show", "dev", tap], what):
         for vlan in port.get("vlans", ()):
             if vlan["vlan"] != card.vlan:
                 run(["bridge", "vlan", "del", "dev", tap, "vid", str(vlan["vlan"])], what)

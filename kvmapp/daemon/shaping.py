@@ -5,9 +5,7 @@ tap. Left out: `floor`, which would want a class of the bridge as well.
 """
 from __future__ import annotations
 
-import json
-
-from kvmapp.daemon.hostnet import run
+from kvmapp.daemon.hostnet import ask, run
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,7 +22,7 @@ def is_limited(card: InterfaceConfig) -> bool:
 def apply(card: InterfaceConfig, tap: str) -> None:
     """Whatever limits there were give way to these. Raises HostError."""
     what = f"limit the rates of {card.heading}'s tap '{tap}'"
-    there = {part.get("kind") for part in json.loads(run(["tc", "-json", "qdisc", "show", "dev", tap], what) or "[]")}
+    there = {part.get("kind") for part in ask(["tc", "qdisc", "show", "dev", tap], what)}
     lines = [f"qdisc del dev {tap} root"] * ("htb" in there) + [f"qdisc del dev {tap} ingress"] * ("ingress" in there)
     lines += to_guest(card, tap) + from_guest(card, tap)
     if lines:

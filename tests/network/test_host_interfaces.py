@@ -119,6 +119,7 @@ def test_a_killed_daemons_change_is_undone_by_the_next_one(host):
 def test_a_change_that_fails_in_the_middle_leaves_everything_as_it_was(host, monkeypatch):
     before = place(host)
     from kvmapp.daemon import hostbridge
+    monkeypatch.setattr(hostbridge, "ask", lambda words, what: json.loads(host.run(words[0], "-json", *words[1:]) or "[]"))
     monkeypatch.setattr(hostbridge, "run", lambda words, what, text=None: host.run(*words, **({"input": text} if text else {})))
     monkeypatch.setattr(hostbridge, "exists", lambda name: name == "eth0")
     move = hostbridge.bridging("eth0", "br0")

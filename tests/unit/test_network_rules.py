@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 
-from kvmapp.daemon import dnsmasq, hostnet, netrules
+from kvmapp.daemon import dnsmasq, hostbridge, hostnet, netrules
+from kvmapp.errors import HostError
 from kvmapp.hostconfig import NetworkConfig
 
 NAT = {"name": "default", "uuid": "d340f42e-8611-52c5-949c-8013181e73d4", "mode": "nat", "bridge": "virbr0", "mac": "52:54:00:00:00:01",
@@ -112,6 +113,50 @@ def test_iptables_says_the_same():
         "-A KVMAPP-POSTROUTING -s 192.168.122.0/24 -d 224.0.0.0/24 -j RETURN",
         "-A KVMAPP-POSTROUTING -s 192.168.122.0/24 -d 255.255.255.255 -j RETURN",
         "-A KVMAPP-POSTROUTING -s 192.168.122.0/24 ! -d 192.168.122.0/24 -j MASQUERADE", "COMMIT"]
+
+
+class Iptables:
+    """One base chain; `held`: who else changes rules, so that what does not wait for the lock fails."""
+
+    def __init__(self, monkeypatch, rules, version="1.8.9", held=False):
+        self.rules, self.version, self.held = rules, version, held
+        self.waited: list[bool] = []
+        monkeypatch.setattr(netrules, "run", self.run)
+        netrules.waiting.cache_clear()
+
+    def run(self, words, what, text=None):
+        if words[1:] == ["--version"]:
+            return f"iptables v{self.version} (legacy)\n"
+        self.waited.append(words[1:3] == ["-w", "5"])
+        if self.held:
+            raise HostError("Cannot set the rules of networks: iptables: Another app is currently holding the xtables lock")
+        command, *rest = words[words.index("filter") + 1:]
+        if command == "-S":
+            return "-P FORWARD ACCEPT\n" + "".join(f"-A FORWARD -j {one}\n" for one in self.rules)
+        if command == "-I":
+            self.rules.insert(0, rest[-1])
+        elif command == "-D":
+            self.rules.remove(rest[-1])
+        return ""
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("rules", [[], ["KVMAPP-FORWARD"], ["KVMAPP-FORWARD", "DOCKER", "KVMAPP-FORWARD"]])
+@pytest.mark.parametrize(("version", "waits"), [("1.8.9", True), ("1.4.21", True), ("1.4.7", False)])
+def test_our_chain_is_jumped_to_once(monkeypatch, rules, wanted, version, waits):
+    tables = Iptables(monkeypatch, list(rules), version)
+    netrules.jump("iptables", "filter", "FORWARD", "KVMAPP-FORWARD", wanted)
+    assert tables.rules.count("KVMAPP-FORWARD") == wanted and tables.rules.count("DOCKER") == rules.count("DOCKER")
+    assert set(tables.waited) == {waits}
+    netrules.waiting.cache_clear()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_lock_that_is_held_is_not_taken_for_an_answer(monkeypatch, wanted):
+    Iptables(monkeypatch, [], held=True)
+    with pytest.raises(HostError, match="xtables lock"):
+        netrules.jump("iptables", "filter", "FORWARD", "KVMAPP-FORWARD", wanted)
+    netrules.waiting.cache_clear()
 
 
 # dnsmasq.
@@ -234,3 +279,18 @@ def test_bridges_of_a_libvirt_are_not_taken(tmp_path):
 def test_what_clashes_with_a_range(route, clashes):
     from ipaddress import ip_network
     assert hostnet.clash(ip_network("192.168.122.0/24"), {**route, "dst": ip_network(route["dst"])}) is clashes
+
+
+OLD_IP = ["printf 'default via 192.0.2.1 dev eth0\\n'", """echo 'Option "-json" is unknown, try "ip -help".' >&2; exit 255"""]
+
+
+@pytest.mark.parametrize("script", OLD_IP)
+def test_an_old_iproute2_is_named(monkeypatch, tmp_path, script):
+    for name in ("ip", "bridge"):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(hostnet, "SEARCH", f"{tmp_path}:/bin")
+    for work in (lambda: hostnet.routes(4), hostnet.neighbours, hostbridge.interfaces, lambda: hostbridge.look("eth0")):
+        with pytest.raises(HostError, match=r"Cannot look at .*: ip: it .*(?i:json)") as caught:
+            work()
+        assert caught.value.hint == "install iproute2 4.16 or newer"
