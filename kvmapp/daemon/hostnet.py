@@ -138,10 +138,6 @@ def add_port(bridge: str, tap: str) -> None:
             raise HostError(f"Cannot put tap '{tap}' into bridge '{bridge}': {error.strerror}") from None
 
 
-def is_port(bridge: str, tap: str) -> bool:
-    return os.path.exists(f"/sys/class/net/{bridge}/brif/{tap}")
-
-
 def exists(device: str) -> bool:
     return os.path.exists(f"/sys/class/net/{device}")
 
@@ -192,7 +188,6 @@ def check_ranges(live: NetworkConfig) -> None:
 def routes(version: int) -> list[dict]:
     """The host's routes but the default one, each with `dst`, `dev` and perhaps `gateway`."""
     from ipaddress import ip_network
-    text = run(["ip", f"-{version}", "-json", "route", "show"], "look at the host's routes")
     found = []
     for route in ask(["ip", f"-{version}", "route", "show"], "look at the host's routes"):
         try:

@@ -111,7 +111,6 @@ class Network:
             check_bridge(f"network '{live.name}'", live.bridge or "")
             return
         hostnet.make_bridge(live)
-        self.add_ports(members)
         if dnsmasq.is_wanted(live):
             dnsmasq.start(live, self.files, names_of(members))
 
@@ -125,17 +124,10 @@ class Network:
             hostnet.make_bridge(live)
             dnsmasq.stop(self.files)
             mended.append(f"bridge {live.bridge}")
-        self.add_ports(members)
         if dnsmasq.is_wanted(live) and not dnsmasq.pid_of(self.files):
             dnsmasq.start(live, self.files, names_of(members))
             mended.append("dnsmasq")
         return mended
-
-    def add_ports(self, members: Members) -> None:
-        assert self.live and self.live.bridge
-        for _, _, tap in members:
-            if tap and not hostnet.is_port(self.live.bridge, tap):
-                hostnet.add_port(self.live.bridge, tap)
 
     def tell_names(self, members: Members) -> None:
         if self.live and dnsmasq.is_wanted(self.live):

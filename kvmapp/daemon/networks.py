@@ -154,9 +154,13 @@ class Networks:
             touched = bool(self.live_configs()) and self.rules_shown != await asyncio.to_thread(netrules.shown)
             if touched and self.rules_shown is not None:
                 log.warning("somebody changed the rules of networks: they are put back")
-            await self.put_back(self.active(), rules=rules or touched)
+            mended = await self.put_back(self.active(), rules=rules or touched)
+        if mended:
+            await self.supervisor.cards.check()
 
-    async def put_back(self, networks: list[Network], *, rules: bool) -> None:
+    async def put_back(self, networks: list[Network], *, rules: bool) -> bool:
+        """Returns whether anything of a network was gone: its guests may have to be put back, too."""
+        anything = False
         if rules:
             try:
                 await self.set_rules()
@@ -173,6 +177,8 @@ class Networks:
             else:
                 if mended:
                     log.warning("network '%s': %s was gone and is put back", network.name, " and ".join(mended))
+                    anything = True
+        return anything
 
     async def set_rules(self) -> None:
         self.rules_shown = await asyncio.to_thread(netrules.apply, self.live_configs())
@@ -201,6 +207,7 @@ class Networks:
                 if isinstance(error, OSError):
                     raise HostError(f"Cannot start network '{network.name}': {error.strerror}") from None
                 raise
+        await self.supervisor.cards.check()             # running domains that were in it get into its bridge
         log.info("network '%s' is active on bridge %s", network.name, network.live.bridge)
         self.supervisor.events.publish("network", None, type="started", detail=network.name)
 

@@ -82,9 +82,12 @@ def put_back(card: InterfaceConfig, tap: str, bridge: str) -> None:
         add_port(bridge, tap)
         return
     what = want_vlans(card, bridge)
-    add_port(bridge, tap)
+    run(["ip", "link", "set", "dev", tap, "down"], what)        # as long as it is in the bridge's own VLAN
     try:
+        run(["ip", "link", "set", "dev", tap, "master", bridge], what)
         join_vlan(card, tap, bridge)
     except HostError:
         run(["ip", "link", "set", "dev", tap, "nomaster"], what)
+        run(["ip", "link", "set", "dev", tap, "up"], what)
         raise
+    run(["ip", "link", "set", "dev", tap, "up"], what)

@@ -410,6 +410,24 @@ def test_domains_join_an_active_network_and_are_known_by_name(host):
     host.eventually(lambda: "vnet0" not in host.run("ip", "-br", "link"), "the tap's end")
 
 
+def test_a_card_that_stands_elsewhere_stays_there_and_is_in_nobodys_way(host):
+    host.network()
+    host.start()
+    host.net("post", "default", "start")
+    host.file("web").write_text(f"name = web\nmemory = 64\n{CARD.format(1)}")
+    host.post("web", "start")
+    host.run("ip", "link", "add", "br1", "type", "bridge")
+    host.run("ip", "link", "set", "vnet0", "master", "br1")
+    os.kill(int(host.dnsmasqs()[0]), signal.SIGKILL)
+    host.eventually(host.dnsmasqs, "dnsmasq")
+    assert host.net("get", "default")["warnings"] == []
+    host.net("post", "default", "destroy")
+    host.net("post", "default", "start")
+    assert "master br1" in host.run("ip", "link", "show", "vnet0")
+    host.run("ip", "link", "delete", "br1")
+    host.eventually(lambda: "master virbr0" in host.run("ip", "link", "show", "vnet0"), "the tap in its bridge")
+
+
 def test_with_the_host_networks_come_before_domains(host):
     host.network()
     host.network("bad", "name = bad\n[ipv4]\naddress = 127.0.0.1/33\n")

@@ -51,17 +51,47 @@ def test_rates(rates, words):
 @pytest.mark.parametrize("filters", [False, True])
 def test_a_port_that_cannot_have_its_vlan_is_not_put_back(monkeypatch, filters):
     """Into a bridge that was made anew: it would be in that one's own VLAN."""
-    ports_there: set[str] = set()
+    port = Port(monkeypatch, filters, HostError("no VLAN"))
+    with pytest.raises(HostError):
+        ports.put_back(vlan_card(), "vnet0", "br0")
+    assert port.bridge is None and port.up and port.leaked == []
 
-    def run(words, what):
-        if words == ["ip", "link", "set", "dev", "vnet0", "nomaster"]:
-            ports_there.clear()
-            return ""
-        raise HostError(f"Cannot {what}")
-    monkeypatch.setattr(ports, "filters_vlans", lambda bridge: filters)
-    monkeypatch.setattr(ports, "add_port", lambda bridge, tap: ports_there.add(tap))
-    monkeypatch.setattr(ports, "run", run)
-    section: Any = SimpleNamespace(heading="interface 0", vlan=20)
-    with pytest.raises(HostError, match="Cannot put interface 0 into VLAN 20"):
-        ports.put_back(section, "vnet0", "br0")
-    assert ports_there == set()
+
+def test_a_port_carries_nothing_until_it_has_its_vlan(monkeypatch):
+    port = Port(monkeypatch, True, None)
+    ports.put_back(vlan_card(), "vnet0", "br0")
+    assert (port.bridge, port.up, port.vlan, port.leaked) == ("br0", True, 20, [])
+
+
+def vlan_card() -> Any:
+    return SimpleNamespace(heading="interface 0", vlan=20)
+
+
+class Port:
+    """vnet0, as `ip` and `bridge` change it. `leaked`: what was said when it was up in a bridge without its VLAN."""
+
+    def __init__(self, monkeypatch, filters, failure):
+        self.bridge: str | None = None
+        self.up, self.vlan, self.failure = True, 1, failure
+        self.leaked: list[list[str]] = []
+        monkeypatch.setattr(ports, "filters_vlans", lambda bridge: filters)
+        monkeypatch.setattr(ports, "ask", lambda words, what: [{"vlans": [{"vlan": self.vlan}]}])
+        monkeypatch.setattr(ports, "run", self.run)
+
+    def run(self, words, what):
+        match words:
+            case ["ip", "link", "set", "dev", "vnet0", "up" | "down" as word]:
+                self.up = word == "up"
+            case ["ip", "link", "set", "dev", "vnet0", "nomaster"]:
+                self.bridge = None
+            case ["ip", "link", "set", "dev", "vnet0", "master", bridge]:
+                self.bridge = bridge
+            case ["bridge", "vlan", "add", "dev", "vnet0", "vid", "20", "pvid", "untagged"]:
+                if self.failure:
+                    raise self.failure
+                self.vlan = 20
+            case _:
+                assert words[:3] == ["bridge", "vlan", "del"]
+        if self.bridge and self.up and self.vlan != 20:
+            self.leaked.append(words)
+        return ""
