@@ -2,7 +2,8 @@
 
 The chain stands at the tap's ingress, before the bridge, VLANs and the host see a frame; it costs other ports nothing, and the
 kernel takes its hook away with the tap. Checked are the sender's MAC and IP addresses in Ethernet, ARP, IPv4, IPv6 and neighbour
-discovery; dropped are answers of DHCP servers, router advertisements, redirects, tagged frames, and every other protocol.
+discovery, and the MAC for which it asks a DHCP server, from whatever address: a lease may have run out on the way. Dropped are answers
+of DHCP servers, router advertisements, redirects, tagged frames, and every other protocol.
 
     nft_text(tap, mac, known, learns)     the table; `known` addresses are the guest's own, and the first that it uses if it `learns`
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 PREFIX = "kvmapp-"
-# Senders that no guest may be: this network, loopback, multicast and broadcast.
-NOBODY = "{ 0.0.0.0/8, 127.0.0.0/8, 224.0.0.0/3 }"
+# Senders that no guest is known by: this network, loopback, what a guest takes while DHCP does not answer, multicast and broadcast.
+NOBODY = "{ 0.0.0.0/8, 127.0.0.0/8, 169.254.0.0/16, 224.0.0.0/3 }"
 HINT = "it takes nftables, and a kernel whose nf_tables has the family netdev (Linux 4.2 or later); or write filter = none"
 
 
@@ -75,7 +76,7 @@ def nft_text(tap: str, mac: str, known: Iterable[str], learns: bool, *, new: boo
                    "ether type arp jump from_arp", "ether type ip jump from_ipv4", "ether type ip6 jump from_ipv6")
     lines += chain("from_arp", f"arp saddr ether != {mac} drop", "arp operation request arp saddr ip 0.0.0.0 accept",
                    *own4("arp saddr ip", four, learns))
-    lines += chain("from_ipv4", "udp sport 67 drop", "ip saddr 0.0.0.0 udp dport 67 accept", *own4("ip saddr", four, learns))
+    lines += chain("from_ipv4", *dhcp(mac), *own4("ip saddr", four, learns))
     lines += chain("from_ipv6", *from_ipv6(mac, six))
     lines += chain("neighbour", *(f"{target_is(one)} return" for one in six), f"@th,128,64 != {eui64(mac):#018x} drop")
     return "\n".join([*lines, "}"]) + "\n"
@@ -83,6 +84,14 @@ def nft_text(tap: str, mac: str, known: Iterable[str], learns: bool, *, new: boo
 
 def chain(name: str, *rules: str) -> list[str]:
     return [f"chain {name} {{", *rules, "}"]
+
+
+def dhcp(mac: str) -> list[str]:
+    """RFC 2131: chaddr, 28 bytes into the message, is who gets or gives back the lease. In a fragment it could not be seen, and a
+    comparison does not hold where a frame is too short for it: so it is accepted by it, not dropped.
+    """
+    return ["udp sport 67 drop", "ip frag-off & 0x3fff != 0 udp dport 67 drop",
+            f"udp sport 68 udp dport 67 @th,288,48 0x{mac.replace(':', '')} accept", "udp dport 67 drop"]
 
 
 def own4(sender: str, known: list[str], learns: bool) -> list[str]:

@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 
 from kvmapp.config import DomainConfig
-from kvmapp.daemon import cardfilter, ports, shaping
+from kvmapp.daemon import cardfilter, dnsmasq, ports, shaping
 from kvmapp.daemon.links import LinkWatch
 from kvmapp.daemon.ports import Known
 from kvmapp.errors import KvmappError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from kvmapp.config import InterfaceConfig
     from kvmapp.daemon.domain import Domain
+    from kvmapp.daemon.network import Network
     from kvmapp.daemon.supervisor import Supervisor
 
 LEASE_POLL = 0.2                        # seconds; a guest that was just lent an address uses it at once
@@ -31,11 +32,14 @@ log = logging.getLogger("kvmapp")
 
 
 class Cards:
-    """`filters`: each filtered tap's domain, and what its table says of addresses."""
+    """`filters`: each filtered tap's domain, and what its table says of addresses; `lent`: to which MACs a network, since
+    its start, lent its addresses last.
+    """
 
     def __init__(self, supervisor: Supervisor):
         self.supervisor = supervisor
         self.filters: dict[str, tuple[str, Known]] = {}
+        self.lent: dict[str, tuple[float | None, dict[str, str]]] = {}
         self.complaints: dict[str, str] = {}
         self.lock = asyncio.Lock()
         self.woken = asyncio.Event()
@@ -66,10 +70,23 @@ class Cards:
             return Known(frozenset(), False)
         if network.live.mode == "bridge":
             return Known(frozenset(), True)
-        fixed = {address for host in network.live.hosts if host.mac == card.mac for address in (host.ipv4, host.ipv6) if address}
-        lent = {str(lease["address"]) for lease in network.leases() if lease["mac"] == card.mac}
-        lends = bool(network.live.ipv4 and network.live.ipv4.dhcp) or any(":" not in one for one in fixed)
-        return Known(frozenset(fixed | lent), not lends)
+        fixed = {address: host.mac for host in network.live.hosts for address in (host.ipv4, host.ipv6) if address}
+        own = {address for address, mac in fixed.items() if mac == card.mac}
+        lends = bool(network.live.ipv4 and network.live.ipv4.dhcp) or any(":" not in one for one in own)
+        return Known(frozenset(own | self.lent_to(card.mac, network, fixed)), not lends)
+
+    def lent_to(self, mac: str, network: Network, fixed: dict[str, str]) -> set[str]:
+        """What it was lent stays its own when the lease has run out (a guest that was paused or saved goes on with it) until another MAC
+        has it. Where dnsmasq heeds client identifiers, with which a guest gets its neighbour's lease, the neighbour must be gone first.
+        """
+        since, holders = self.lent.get(network.name, (None, {}))
+        if since != network.since:
+            holders = {}
+            self.lent[network.name] = network.since, holders
+        there = set() if dnsmasq.ignores_client_ids() else {card.mac for _, card, _, _ in self.running()}
+        leases = {str(lease["address"]): str(lease["mac"]) for lease in network.leases()}
+        holders.update({address: holder for address, holder in leases.items() if holders.get(address) not in there})
+        return {address for address, holder in holders.items() if holder == mac and (address in leases or address not in fixed)}
 
     # With domains.
 

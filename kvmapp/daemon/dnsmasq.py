@@ -11,6 +11,7 @@ import select
 import signal
 import time
 from contextlib import suppress
+from functools import cache
 
 from kvmapp.daemon.hostnet import run
 from kvmapp.errors import ConfigError, HostError
@@ -66,8 +67,20 @@ def config_text(live: NetworkConfig, files: Files) -> str:
     ranges = dhcp4_lines(live) + dhcp6_lines(live)
     if ranges:
         lines += [f"dhcp-leasefile={files.leases}", f"dhcp-hostsfile={files.hosts}", f"dhcp-lease-max={lease_limit(live)}",
-                  "dhcp-no-override", "dhcp-authoritative", "no-ping", *ranges]      # no-ping: or an offer takes 3 s
+                  "dhcp-no-override", "dhcp-authoritative", "no-ping",      # no-ping: or an offer takes 3 s
+                  *(["dhcp-ignore-clid"] if ignores_client_ids() else []), *ranges]
     return "\n".join(lines) + "\n"
+
+
+@cache
+def ignores_client_ids() -> bool:
+    """By a neighbour's client identifier a guest would get that one's lease; its MAC address a filter can see (cardfilter.py). dnsmasq 2.81
+    or newer.
+    """
+    try:
+        return "dhcp-ignore-clid" in run(["dnsmasq", "--help"], "look at what dnsmasq knows")
+    except HostError:
+        return False
 
 
 def lease_limit(live: NetworkConfig) -> int:

@@ -36,11 +36,17 @@ def arp(source, sender, address, operation=1, target="192.168.122.77", **more):
     return ethernet(source, 0x0806, payload, **more)
 
 
-def udp4(source, address, ports=(9, 9), to="255.255.255.255", payload=b"", **more):
+def udp4(source, address, ports=(9, 9), to="255.255.255.255", payload=b"", fragment=0, **more):
     datagram = struct.pack(">HHHH", *ports, 8 + len(payload), 0) + payload
-    header = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(datagram), 1, 0, 64, 17, 0) + ip(address) + ip(to)
+    header = struct.pack(">BBHHHBBH", 0x45, 0, 20 + len(datagram), 1, fragment, 64, 17, 0) + ip(address) + ip(to)
     header = header[:10] + struct.pack(">H", checksum(header)) + header[12:]
     return ethernet(source, 0x0800, header + datagram, **more)
+
+
+def dhcp(source, address="0.0.0.0", ports=(68, 67), chaddr=None, kind=1, **more):
+    """RFCs 2131 and 2132; kind 1 asks who lends, 3 asks for an address, 7 gives one back."""
+    fixed = struct.pack(">BBBBIHH16s", 1, 1, 6, 0, 1, 0, 0, bytes(16)) + mac(chaddr or source).ljust(16, b"\0")
+    return udp4(source, address, ports, payload=fixed + bytes(192) + b"\x63\x82\x53\x63" + bytes((53, 1, kind, 255)), **more)
 
 
 def ipv6(source, address, next_header, payload, to="ff02::1", **more):

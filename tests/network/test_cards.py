@@ -65,7 +65,8 @@ def is_in(host, tap, name):
 
 HONEST = {
     "ARP": frames.arp(MAC, MAC, OWN), "an ARP answer": frames.arp(MAC, MAC, OWN, 2), "an ARP probe": frames.arp(MAC, MAC, "0.0.0.0"),
-    "IPv4": frames.udp4(MAC, OWN), "asking for an address": frames.udp4(MAC, "0.0.0.0", (68, 67)),
+    "IPv4": frames.udp4(MAC, OWN), "asking for an address": frames.dhcp(MAC),
+    "asking with an address that ran out": frames.dhcp(MAC, FOREIGN, kind=3),
     "IPv6": frames.ipv6(MAC, LOCAL, 17, b"\0\t\0\t\0\x08\0\0"), "the fixed IPv6 address": frames.ipv6(MAC, "fd00::10", 59, bytes(8)),
     "a prefix of its own": frames.ipv6(MAC, "2001:db8::5054:ff:fe00:1", 59, bytes(8)),
     "answering for itself": frames.neighbour(MAC, LOCAL, 136, LOCAL), "for its fixed one": frames.neighbour(MAC, LOCAL, 136, "fd00::10"),
@@ -76,6 +77,9 @@ SPOOFED = {
     "another IP in ARP": frames.arp(MAC, MAC, FOREIGN), "an ARP answer for others": frames.arp(MAC, MAC, FOREIGN, 2),
     "answers of DHCP": frames.udp4(MAC, OWN, (67, 68)), "answers of DHCPv6": frames.ipv6(MAC, LOCAL, 17, b"\2\x23\2\x22\0\x08\0\0"),
     "a tag": frames.udp4(MAC, OWN, tag=7), "a tag of priority": frames.udp4(MAC, OWN, tag=0),
+    "giving another's address back": frames.dhcp(MAC, chaddr=OTHER, kind=7),
+    "the same with an address": frames.dhcp(MAC, OWN, chaddr=OTHER, kind=7), "a part of it": frames.dhcp(MAC, OWN, fragment=0x2000),
+    "a DHCP message without a body": frames.udp4(MAC, "0.0.0.0", (68, 67)),
     "another protocol": frames.ethernet(MAC, 0x88CC, b"\0"),
     "a bridge's hello": frames.ethernet(MAC, 38, b"\x42\x42\x03" + bytes(35), to="01:80:c2:00:00:0e"),
     "another IPv6": frames.ipv6(MAC, "fd00::20", 59, bytes(8)), "another local one": frames.ipv6(MAC, "fe80::20", 59, b""),
@@ -131,7 +135,7 @@ def test_a_new_tap_has_learned_nothing_of_one_that_had_its_name(host):
              f"elements = {{ {FOREIGN} }}; }}")
     assert card(host, filter="clean-traffic") == "vnet0"
     watcher = frames.Watcher(host.plug("br0", "g0"))
-    assert passes(host, watcher, frames.udp4(MAC, OWN), last=frames.udp4(MAC, "0.0.0.0", (68, 67))) == [True]
+    assert passes(host, watcher, frames.udp4(MAC, OWN), last=frames.dhcp(MAC)) == [True]
 
 
 def test_a_filter_follows_what_its_network_lends(host):
@@ -141,7 +145,7 @@ def test_a_filter_follows_what_its_network_lends(host):
     host.net("post", "default", "start")
     card(host, type="network", source="default", filter="clean-traffic")
     watcher = frames.Watcher(host.plug("virbr0", "g0"))
-    asks = frames.udp4(MAC, "0.0.0.0", (68, 67))
+    asks = frames.dhcp(MAC)
     assert passes(host, watcher, frames.udp4(MAC, OWN), frames.arp(MAC, MAC, OWN), last=asks) == [False, False]
     with open(os.path.join(host.paths.network_state, "default.leases"), "a") as leases:     # as dnsmasq does, before it answers
         leases.write(f"4000000000 {MAC} {OWN} web *\n")
@@ -149,7 +153,7 @@ def test_a_filter_follows_what_its_network_lends(host):
     assert passes(host, watcher, frames.udp4(MAC, OWN), frames.udp4(MAC, FOREIGN), last=asks) == [True, False]
     card(host, "lee", OTHER, type="network", source="default", filter="clean-traffic")
     assert passes(host, watcher, frames.udp4(OTHER, FOREIGN), frames.udp4(OTHER, OWN), name="lee",
-                  last=frames.udp4(OTHER, "0.0.0.0", (68, 67))) == [True, False]
+                  last=frames.dhcp(OTHER)) == [True, False]
 
 
 def test_filters_of_domains_that_ended_without_a_daemon_are_removed(host):

@@ -24,6 +24,9 @@ def test_named_addresses_and_no_others():
     assert text.startswith("table netdev kvmapp-vnet0\ndelete table netdev kvmapp-vnet0\n") and "learned" not in text
     assert rules("from_arp", text) == [f"arp saddr ether != {MAC} drop", "arp operation request arp saddr ip 0.0.0.0 accept",
                                        "arp saddr ip { 192.0.2.1 } accept"]
+    assert rules("from_ipv4", text) == ["udp sport 67 drop", "ip frag-off & 0x3fff != 0 udp dport 67 drop",
+                                        "udp sport 68 udp dport 67 @th,288,48 0x5254007f0dcb accept", "udp dport 67 drop",
+                                        "ip saddr { 192.0.2.1 } accept"]
     assert "@th,64,128 0xfd000000000000000000000000000001 return" in text
 
 

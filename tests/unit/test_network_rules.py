@@ -229,6 +229,14 @@ def test_names_that_mean_something_else_in_the_hosts_file_are_left_out(name):
         f"52:54:00:00:00:0a,{name.lower()}x", "52:54:00:00:00:0b,m"]
 
 
+@pytest.mark.parametrize(("help", "knows"), [("--dhcp-ignore-clid   Ignore client identifier option", True), ("--dhcp-host", False)])
+def test_a_guest_gets_no_neighbours_lease_by_its_client_identifier(monkeypatch, help, knows):
+    monkeypatch.setattr(dnsmasq, "run", lambda words, what: help)
+    dnsmasq.ignores_client_ids.cache_clear()
+    assert ("dhcp-ignore-clid" in lines(dnsmasq.config_text(network(), FILES))) is knows
+    dnsmasq.ignores_client_ids.cache_clear()
+
+
 def test_leases():
     text = """100 52:54:00:00:00:01 192.168.122.27 ann 01:52:54:00:00:00:01
 50 52:54:00:00:00:02 192.168.122.28 gone *

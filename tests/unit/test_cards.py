@@ -1,0 +1,80 @@
+"""Which addresses a card's filter lets it use."""
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+from kvmapp.daemon import cardfilter, cards, dnsmasq, ports
+from kvmapp.hostconfig import NetworkConfig
+
+ANN, BOB = "52:54:00:00:00:01", "52:54:00:00:00:02"
+LIVE = {"name": "default", "uuid": "d340f42e-8611-52c5-949c-8013181e73d4", "mode": "nat", "bridge": "virbr0", "mac": "52:54:00:00:00:09",
+        "ipv4": {"address": "192.168.122.1/24", "dhcp": "192.168.122.2 - 192.168.122.254"}}
+
+
+def card(mac, filter="clean-traffic", type="network", source="default"):
+    return SimpleNamespace(index=0, type=type, source=source, mac=mac, filter=filter, addresses=[], heading="interface 0", vlan=None,
+                           in_average=None, out_average=None)
+
+
+class Place:
+    """A supervisor's part that Cards looks at: running domains by name, and a network whose leases are {address: MAC}."""
+
+    def __init__(self, monkeypatch, ignores=True):
+        self.leases: dict[str, str] = {}
+        self.domains: dict[str, Any] = {}
+        self.tables: dict[str, str] = {}                # of a tap: the MAC that its table names
+        network = SimpleNamespace(name="default", live=NetworkConfig.from_dict(LIVE), since=1.0, active=True,
+                                  leases=lambda: [{"address": address, "mac": mac} for address, mac in self.leases.items()])
+        self.network: Any = network
+        supervisor: Any = SimpleNamespace(active=lambda: list(self.domains.values()), run=lambda work, name: asyncio.ensure_future(work),
+                                          networks=SimpleNamespace(networks={"default": network}))
+        self.cards = cards.Cards(supervisor)
+        monkeypatch.setattr(dnsmasq, "ignores_client_ids", lambda: ignores)
+        monkeypatch.setattr(cardfilter, "tables", lambda: {f"kvmapp-{tap}" for tap in self.tables})
+        monkeypatch.setattr(cardfilter, "apply", self.apply)
+        monkeypatch.setattr(cardfilter, "remove", lambda tap: self.tables.pop(tap, None))
+        monkeypatch.setattr(ports, "is_loose", lambda tap, bridge: False)
+        monkeypatch.setattr(cards.os.path, "exists", lambda path: True)
+
+    def apply(self, heading, tap, mac, known, learns, *, new=False):
+        self.tables[tap] = mac
+
+    def begin(self, name, one, tap):
+        self.domains[name] = SimpleNamespace(name=name, live=SimpleNamespace(interfaces=[one]), record=SimpleNamespace(taps={"0": tap}))
+
+    def end(self, name):
+        del self.domains[name]
+        self.cards.release(name)
+
+    def own(self, mac):
+        one: Any = card(mac)
+        return set(self.cards.known(one).addresses)
+
+
+def test_an_address_stays_a_guests_own_until_another_has_it(monkeypatch):
+    """A guest that was paused goes on with it when its lease has run out."""
+    place = Place(monkeypatch)
+    place.leases = {"192.168.122.7": ANN}
+    assert place.own(ANN) == {"192.168.122.7"} and place.own(BOB) == set()
+    place.leases = {}
+    assert place.own(ANN) == {"192.168.122.7"}
+    place.leases = {"192.168.122.8": ANN}
+    assert place.own(ANN) == {"192.168.122.7", "192.168.122.8"}
+    place.leases = {"192.168.122.7": BOB}
+    assert place.own(ANN) == {"192.168.122.8"} and place.own(BOB) == {"192.168.122.7"}
+    place.network.live = NetworkConfig.from_dict({**LIVE, "hosts": [{"name": "bob", "mac": BOB, "ipv4": "192.168.122.8"}]})
+    assert place.own(ANN) == set() and place.own(BOB) == {"192.168.122.7", "192.168.122.8"}
+    place.network.live, place.leases, place.network.since = NetworkConfig.from_dict(LIVE), {}, 2.0
+    assert place.own(BOB) == set(), "a network that was started anew may have other ranges"
+
+
+def test_where_dnsmasq_heeds_client_identifiers_a_running_guest_keeps_its_address(monkeypatch):
+    place = Place(monkeypatch, ignores=False)
+    place.begin("ann", card(ANN, filter="none"), "vnet0")
+    place.begin("bob", card(BOB), "vnet1")
+    place.leases = {"192.168.122.7": ANN}
+    assert place.own(BOB) == set()
+    place.leases = {"192.168.122.7": BOB}               # by ann's client identifier
+    assert place.own(BOB) == set() and place.own(ANN) == {"192.168.122.7"}
+    del place.domains["ann"]
+    assert place.own(BOB) == {"192.168.122.7"}
