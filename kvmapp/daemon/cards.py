@@ -53,6 +53,10 @@ class Cards:
                 if tap and card.type in ("bridge", "network"):
                     yield domain.name, card, tap, self.bridge_of(card)
 
+    def has(self, domain: str, tap: str) -> bool:
+        """Still: a domain may end while a thread works, and another's tap has the name then."""
+        return any((name, there) == (domain, tap) for name, _, there, _ in self.running())
+
     def bridge_of(self, card: InterfaceConfig) -> str:
         if card.type == "bridge":
             return card.source or ""
@@ -96,6 +100,8 @@ class Cards:
             known = self.known(card)
             if card.filter != "none":
                 self.filters[tap] = domain, known
+            elif self.filters.pop(tap, None):
+                await asyncio.to_thread(cardfilter.remove, tap)
             await asyncio.to_thread(ports.settle, card, tap, bridge, known)
 
     def release(self, domain: str, only: str | None = None) -> None:
@@ -120,13 +126,20 @@ class Cards:
         """Filter and rates of a running domain's card. Raises KvmappError."""
         async with self.lock:
             if after.filter != "none":
-                known = self.known(after)
-                await asyncio.to_thread(cardfilter.apply, after.heading, tap, after.mac, known.addresses, known.learns)
-                self.filters[tap] = domain, known
+                await self.apply_filter(domain, after, tap, self.known(after))
             elif self.filters.pop(tap, None):
                 await asyncio.to_thread(cardfilter.remove, tap)
             if any(getattr(before, key) != getattr(after, key) for key in shaping.RATES):
                 await asyncio.to_thread(shaping.apply, after, tap)
+
+    async def apply_filter(self, domain: str, card: InterfaceConfig, tap: str, known: Known) -> None:
+        if not self.has(domain, tap):
+            return
+        await asyncio.to_thread(cardfilter.apply, card.heading, tap, card.mac, known.addresses, known.learns)
+        if self.has(domain, tap):
+            self.filters[tap] = domain, known
+        else:
+            await asyncio.to_thread(cardfilter.remove, tap)
 
     def compare(self, domain: Domain, devices: list[str]) -> None:
         """These are what the running domain has: the guest may have let go of a card while no daemon was there to hear of it."""
@@ -186,7 +199,7 @@ class Cards:
             for domain, card, tap, bridge in cards:
                 try:
                     await self.put_back(domain, card, tap, bridge, present)
-                    if everything and shaping.is_limited(card) and os.path.exists(f"/sys/class/net/{tap}"):
+                    if everything and shaping.is_limited(card) and self.has(domain, tap) and os.path.exists(f"/sys/class/net/{tap}"):
                         await asyncio.to_thread(shaping.apply, card, tap)
                 except KvmappError as error:
                     if self.complaints.get(tap) != str(error):
@@ -202,7 +215,7 @@ class Cards:
             return set()
 
     async def put_back(self, domain: str, card: InterfaceConfig, tap: str, bridge: str, present: set[str] | None) -> None:
-        if ports.is_loose(tap, bridge):
+        if ports.is_loose(tap, bridge) and self.has(domain, tap):
             await asyncio.to_thread(ports.put_back, card, tap, bridge)
             log.warning("domain '%s': bridge %s is there again, and %s is in it", domain, bridge, tap)
         if card.filter == "none" or not os.path.exists(f"/sys/class/net/{tap}"):
@@ -210,7 +223,6 @@ class Cards:
         known = self.known(card)
         gone = present is not None and cardfilter.PREFIX + tap not in present
         if gone or self.filters.get(tap, ("", None))[1] != known:
-            await asyncio.to_thread(cardfilter.apply, card.heading, tap, card.mac, known.addresses, known.learns)
-            self.filters[tap] = domain, known
+            await self.apply_filter(domain, card, tap, known)
             if gone:
                 log.warning("domain '%s': the filter of %s was gone and is put back", domain, tap)

@@ -1,7 +1,10 @@
-"""Which addresses a card's filter lets it use."""
+"""Which addresses a card's filter lets it use, and whose filter stands on which tap when domains end and start meanwhile."""
 import asyncio
+import threading
 from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from kvmapp.daemon import cardfilter, cards, dnsmasq, ports
 from kvmapp.hostconfig import NetworkConfig
@@ -78,3 +81,48 @@ def test_where_dnsmasq_heeds_client_identifiers_a_running_guest_keeps_its_addres
     assert place.own(BOB) == set() and place.own(ANN) == {"192.168.122.7"}
     del place.domains["ann"]
     assert place.own(BOB) == {"192.168.122.7"}
+
+
+@pytest.mark.parametrize("at", ["tables", "apply"])
+def test_a_filter_is_not_put_onto_the_tap_of_another_domain(monkeypatch, at):
+    """ann ends while a check is at work, and bob, who wants no filter, gets a tap of the same name."""
+    place = Place(monkeypatch)
+    held, go_on = threading.Event(), threading.Event()
+    real = getattr(cardfilter, at)
+
+    def hold(*words, **options):
+        held.set()
+        assert go_on.wait(60)
+        return real(*words, **options)
+
+    async def scenario():
+        bob: Any = card(BOB, filter="none", type="bridge", source="br0")
+        place.begin("ann", card(ANN), "vnet0")
+        await place.cards.check()
+        assert place.tables == {"vnet0": ANN}
+        place.tables.clear()
+        monkeypatch.setattr(cardfilter, at, hold)
+        check = asyncio.create_task(place.cards.check())
+        await asyncio.to_thread(held.wait, 60)
+        place.end("ann")
+        settled = asyncio.create_task(place.cards.settle("bob", bob, "vnet0", "br0"))
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.gather(check, settled)
+        place.begin("bob", bob, "vnet0")
+        await place.cards.check()
+        await asyncio.gather(*asyncio.all_tasks() - {asyncio.current_task()})
+        assert place.tables == {} and place.cards.filters == {}
+    asyncio.run(scenario())
+
+
+def test_a_table_that_is_noted_for_a_tap_goes_with_the_next_card_of_that_name(monkeypatch):
+    place = Place(monkeypatch)
+
+    async def scenario():
+        place.begin("ann", card(ANN), "vnet0")
+        await place.cards.check()
+        bob: Any = card(BOB, filter="none")
+        await place.cards.settle("bob", bob, "vnet0", "virbr0")
+        assert place.tables == {} and place.cards.filters == {}
+    asyncio.run(scenario())
