@@ -149,8 +149,10 @@ def look(device: str) -> dict:
     """Its link, addresses and routes."""
     what = f"look at '{device}'"
     link = ask(["ip", "address", "show", "dev", device], what)[0]
-    link["routes"] = [{**route, "family": family} for family in (4, 6)
-                      for route in ask(["ip", f"-{family}", "route", "show", "table", "all", "dev", device], what) if is_kept(route)]
+    routes = [{**route, "family": family} for family in (4, 6)
+              for route in ask(["ip", f"-{family}", "route", "show", "table", "all", "dev", device], what)]
+    link["routes"] = [route for route in routes if is_kept(route)]
+    link["prefixes"] = [route["dst"] for route in routes if route.get("protocol") == "kernel" and "expires" in route]
     return link
 
 
@@ -166,8 +168,10 @@ def moving(link: dict, source: str, target: str) -> list[str]:
 
 
 def forgetting(link: dict, source: str) -> list[str]:
-    """IPv6 routes by a router's own address do not go with the device's addresses."""
-    return [f"route flush root ::/0 proto ra dev {source}"] if any(route.get("protocol") == "ra" for route in link["routes"]) else []
+    """IPv6 routes that do not go with the device's addresses: by a router's own address, and prefixes that run out by themselves."""
+    advertised = any(route.get("protocol") == "ra" for route in link["routes"])
+    return [*([f"-6 route flush proto ra dev {source}"] if advertised else []),
+            *(f"-6 route flush exact {prefix} proto kernel dev {source}" for prefix in link["prefixes"])]
 
 
 def lines_of(link: dict, device: str) -> list[str]:
@@ -223,14 +227,15 @@ def warnings_of(link: dict, device: str, target: str) -> list[str]:
 
 
 def take(steps: Iterable[str], what: str, *, force: bool = False) -> None:
-    """As one program's work between two of sysctl's lines, so that nothing comes in between."""
-    for kernel, lines in groupby(steps, lambda line: line.startswith("sysctl ")):
+    """As few programs' work as can be, so that nothing comes in between: a flush of IPv6 routes wants one of its own, sysctl none."""
+    for kind, lines in groupby(steps, lambda line: line.split()[0] if line.startswith(("sysctl ", "-6 ")) else ""):
         try:
-            if kernel:
+            if kind == "sysctl":
                 for line in lines:
                     write_sysctl(*line.split()[1:])
             else:
-                run(["ip", *(["-force"] if force else []), "-batch", "-"], what, "".join(f"{line}\n" for line in lines))
+                words = ["ip", *([kind] if kind else []), *(["-force"] if force else []), "-batch", "-"]
+                run(words, what, "".join(f"{line.removeprefix('-6 ')}\n" for line in lines))
         except KvmappError:
             if not force:
                 raise

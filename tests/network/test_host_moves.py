@@ -19,7 +19,7 @@ def shown(device):
              ["ip", "address", "show", "dev", device, "scope", "global"]]
     lines = [line for one in words for line in subprocess.check_output(one, text=True).splitlines()]
     bare = [hostbridge.re.sub(r"(mtu) lock|expires \\d+sec|lock", r"\\1", line) for line in lines if " link/" not in line]
-    return sorted(" ".join(line.split()) for line in bare if "qdisc" not in line)
+    return sorted(" ".join(line.split()) for line in bare if "qdisc" not in line and "valid_lft" not in line)
 
 def heeds(device):
     return open(f"/proc/sys/net/ipv6/conf/{device}/accept_ra").read().strip()
@@ -74,6 +74,7 @@ def test_everything_goes_along_and_comes_back(place):
     """An address with a peer, by which the default route goes; metrics of routes; what a router advertised."""
     place.run("sysctl", "-w", "net.ipv6.conf.t0.accept_ra=2")
     for words in ("address add 203.0.113.2 peer 203.0.113.1/32 dev t0", "address add fd00::2/64 dev t0 nodad",
+                  "address add fd55::2/64 dev t0 nodad valid_lft 3600 preferred_lft 1800",
                   "route add default via 203.0.113.1 dev t0 metric 50 mtu 1400 initcwnd 20 rto_min 300ms",
                   "route add 198.51.100.0/24 via 203.0.113.1 advmss 1200 quickack 1 features ecn",
                   "-6 route add default via fe80::1 dev t0 proto ra metric 1024 expires 1800 pref high"):
@@ -82,7 +83,7 @@ def test_everything_goes_along_and_comes_back(place):
     before = found["before"]
     assert sum("default via" in line for line in before) == 2 and any("initcwnd 20" in line for line in before)
     assert [line.replace("br0", "t0") for line in found["bridge"]] == before and found["heeds"] == "2"
-    assert found["left"] == [] and found["missing"] == [5, 5]
+    assert found["left"] == [] and found["missing"] == [6, 6]
     assert (found["after"], found["missing after"]) == (before, [])
     assert (found["out"], found["heeds out"]) == (before, "2")
     assert [line.replace("br0", "t0") for line in found["in"]] == before and found["heeds in"] == ["2", "0"]
