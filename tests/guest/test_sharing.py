@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.guest.guest import ANSWER_SECONDS, BOOT_SECONDS, POWERED_OFF
+from tests.processes import descendants
 
 BUS = {"pc": "virtio_pci", "microvm": "virtio_mmio"}
 MEGABYTE = 1 << 20
@@ -27,12 +28,12 @@ def come_up(guest):
     guest.run("mkdir -p /mnt/data /mnt/public; mount -t virtiofs data /mnt/data")
 
 
-def kill_file_servers():
-    """Those of the one guest that there is; the old virtiofsd is two processes."""
-    for comm in Path("/proc").glob("[0-9]*/comm"):
+def kill_file_servers(guest):
+    """The guest's own, not others of the machine; the old virtiofsd is two processes."""
+    for pid in descendants(guest.process.pid):
         with suppress(OSError):
-            if comm.read_text() == "virtiofsd\n":
-                os.kill(int(comm.parent.name), signal.SIGKILL)
+            if Path(f"/proc/{pid}/comm").read_text() == "virtiofsd\n":
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("machine", ["pc", "microvm"])
@@ -75,7 +76,7 @@ def test_a_file_server_that_dies_costs_the_mount_and_nothing_else(boot, tmp_path
     (tmp_path / "file").write_text("there\n")
     guest = boot_sharing(boot, f"data={tmp_path}")
     assert guest.run("ls /mnt/data") == "file"
-    kill_file_servers()
+    kill_file_servers(guest)
     guest.expect("fs-data: host error: the file server has gone")
     assert "not connected" in guest.run("cat /mnt/data/new 2>&1 || true")
     assert guest.run("echo alive") == "alive"
