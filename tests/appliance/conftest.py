@@ -7,6 +7,7 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 from tests.appliance.host import PlainHost
+from tests.guest.place import RETOLD
 
 HERE = Path(__file__).parent
 TELLINGS = 3
@@ -29,7 +30,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
 
 
 def tell(chapters: list[pytest.Item]) -> dict[str, list[pytest.TestReport]]:
-    """The reports of each chapter, in the last telling."""
+    """The reports of each chapter, in the last telling; a chapter that failed on a host that lived keeps its failure."""
+    kept: dict[str, list[pytest.TestReport]] = {}
     for left in reversed(range(TELLINGS)):
         PlainHost.lost = False
         reports: dict[str, list[pytest.TestReport]] = {}
@@ -41,5 +43,9 @@ def tell(chapters: list[pytest.Item]) -> dict[str, list[pytest.TestReport]]:
             break
         if left:
             chapters[0].session._setupstate.teardown_exact(None)
+            failed = {name: told for name, told in reports.items() if any(report.failed for report in told)}
+            kept |= {name: told for name, told in failed.items() if name != chapter.nodeid}
+            print(*(report.longreprtext for told in failed.values() for report in told if report.failed), sep="\n")
             print(f"\nlab: the emulated host died in {chapter.nodeid}: the story is told again", flush=True)
-    return reports
+            chapters[0].config.stash.setdefault(RETOLD, []).append(chapter.path.name)
+    return reports | kept

@@ -1,7 +1,8 @@
 """Where tests run that may want another host: right here, or in one boot of the lab's nested host. A plugin of pytest.
 
 Guest tests are at home where KVM is hardware virtualization. A test marked `lab(lack)` is where `lack` is None; else that names what
-the kernel here lacks. All tests that are not at home run in the lab one after another.
+the kernel here lacks. A test marked `plain_host` changes the host that it runs on, and is at home in the lab only. All tests that are
+not at home run in the lab one after another.
 
 They run beside the tests that are at home, for the emulator leaves a CPU free: the lab begins with the first test that has no nested host
 of its own, and its reports are shown last, as the tests' own. A test whose report never comes, because the nested host died or was never
@@ -48,7 +49,9 @@ def lacks(item: pytest.Item) -> list[str]:
 def goes_to_lab(item: pytest.Item) -> bool:
     if NESTED_LAB.is_dir():
         return False
-    return bool(lacks(item)) or (GUEST_TESTS in item.path.parents and not hardware_virtualization())
+    if lacks(item) or item.get_closest_marker("plain_host"):
+        return True
+    return GUEST_TESTS in item.path.parents and not hardware_virtualization()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -89,6 +92,13 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if LAB_RUN in session.stash:
         session.stash[LAB_RUN].close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash.get(RETOLD, []):
+        terminalreporter.section("told again in a new nested host", yellow=True)
+        for what in config.stash[RETOLD]:
+            terminalreporter.write_line(what)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -143,6 +153,8 @@ class LabRun:
         """Reads what has come; a nested host that died or stands still is started anew. Whether more will come."""
         ended = self.process.poll() is not None          # asked first: what was written before the end is read then
         self._read_new()
+        if not self._left():
+            return False
         if ended and not (self.process.returncode == DIED and self.starts < STARTS):
             return False
         if ended:
@@ -163,6 +175,7 @@ class LabRun:
         """Emulated CPUs lose a guest now and then (tests/lab/README.md): a test that failed is told again in a new nested host.
         Its failures are shown, and few are borne in one run."""
         self.retold += 1
+        self.config.stash.setdefault(RETOLD, []).append(item.nodeid)
         self.tellings[item.nodeid] = self.tellings.get(item.nodeid, 1) + 1
         self.starts -= 1                                 # this start is not the nested host's fault
         del self.reports[item.nodeid]
@@ -174,10 +187,17 @@ class LabRun:
         """The emulated host itself hangs or panics now and then; what it had not finished runs in a new one, and this is said."""
         self.process.terminate()                         # and it tells what it was at
         self.process.wait()
+        self._read_new()                                 # what it finished after the last look
         print(f"\nlab: {why}: a new nested host runs what is left; the old one's last words:", *self._output()[-60:], sep="\n", flush=True)
-        done = {name for name, reports in self.reports.items() if any(report.when == "teardown" for report in reports)}
-        self.reports = {name: reports for name, reports in self.reports.items() if name in done}
-        self.start([name for name in self.ids if name not in done])
+        left = self._left()
+        for name in left:
+            self.reports.pop(name, None)                 # half a test's
+        if left:
+            self.start(left)
+
+    def _left(self) -> list[str]:
+        """The tests whose reports have not all come."""
+        return [name for name in self.ids if not any(report.when == "teardown" for report in self.reports.get(name, []))]
 
     def _read_new(self) -> None:
         said = (self.folder / "output").stat().st_size   # images are made before the first report, which takes a while
@@ -204,6 +224,7 @@ class LabRun:
 
 LAB_RUN = pytest.StashKey[LabRun]()
 AWAY = pytest.StashKey[dict[str, None]]()               # the ids of the lab's tests, in their order
+RETOLD = pytest.StashKey[list[str]]()                   # what had to be told again; for the end of the run, where it is seen
 
 
 class _ReportWriter:

@@ -28,6 +28,8 @@ mac = {mac}
 {card}[serial 0]
 """
 
+pytestmark = pytest.mark.plain_host
+
 
 def ctl(*words):
     done = subprocess.run(["kvmappctl", *words], capture_output=True, text=True, timeout=300, check=False)
@@ -48,8 +50,7 @@ def traces():
 @pytest.fixture
 def daemon():
     """kvmapp on a plain host, with the files as they are installed."""
-    if not NESTED_LAB:
-        pytest.skip("needs a host of its own: the lab")
+    assert NESTED_LAB
     shutil.rmtree(ETC, ignore_errors=True)
     (ETC / "networks").mkdir(parents=True)
     shutil.copy(CHECKOUT / "conf/networks/default.conf", ETC / "networks")
@@ -200,8 +201,7 @@ def await_carrier(guest, wanted):
 
 
 def test_user_mode_needs_no_privileges(outside, lab):
-    if not NESTED_LAB:
-        pytest.skip("needs a host of its own: the lab")
+    assert NESTED_LAB
     Path("/dev/kvm").chmod(0o666)
     before = traces()
     guest = Guest(["setpriv", "--reuid", "nobody", "--regid", "nogroup", "--clear-groups", "kvmapp", "run", "--name", "user",
