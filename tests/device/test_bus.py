@@ -1,7 +1,9 @@
 """The bus as a guest sees it: windows, widths, edges, and what answers where nothing is mapped."""
 import pytest
 
+from kvmapp.chardev import CharBackend
 from kvmapp.devices import Bus, Device, Interrupts, Power, PowerEvent
+from kvmapp.hw.ns16550 import Ns16550
 
 
 @pytest.fixture
@@ -39,11 +41,33 @@ def test_the_last_bytes_of_the_address_space_can_be_mapped(bus):
     assert bus.read(2**64 - 4, 8) == 2**64 - 1
 
 
-def test_sources_on_one_pin_are_wired_or():
+def test_sources_on_one_pin_are_wired_or(bus):
+    """Two serial ports that share a pin: it is high as long as one of them asks."""
     controller = Interrupts()
-    lines = [controller.line(10) for _ in range(2)]
+    for number in range(2):
+        bus.map(8 * number, 8, Ns16550(f"serial{number}", controller.line(10), CharBackend(f"serial{number}")))
+        bus.write(8 * number + 4, 1, 8)                     # OUT2 lets its interrupt through
+
+    def ask(number, wish):
+        bus.write(8 * number + 1, 1, 2 if wish else 0)      # the interrupt of an empty transmitter, which it is
+
     assert not controller.level(10)
-    assert lines[0].gsi == 10
+    ask(0, True)
+    ask(1, True)
+    assert controller.level(10)
+    ask(0, False)
+    assert controller.level(10)
+    ask(1, False)
+    assert not controller.level(10)
+    ask(1, True)
+    assert controller.level(10)
+    assert controller.edge_count(10) == 2
+    assert controller.edge_count(11) == 0 and not controller.level(11)
+
+
+def test_a_line_is_that_of_a_pin():
+    controller = Interrupts()
+    assert controller.line(10).gsi == 10
     with pytest.raises(ValueError, match="not a pin"):
         controller.line(24)
 

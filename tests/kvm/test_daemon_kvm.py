@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvmapp import errors
+from kvmapp.block.opening import open_image
 from tests.kvm.host import needs_root
 
 pytestmark = [pytest.mark.kvm, needs_root]
@@ -112,15 +113,20 @@ def test_kernel_that_cannot_be_started_is_told(host):
 def test_disk_is_locked_while_its_domain_runs_and_free_afterwards(host):
     image = Path(host.root, "disk.img")
     image.write_bytes(b"\0" * (1 << 20))
-    host.guest("a", "steps=none mode=counter", rest=f"[disk vda]\nsource = {image}\n")
+    for name in ("a", "b"):
+        host.guest(name, "steps=none mode=counter", rest=f"[disk vda]\nsource = {image}\n")
     host.start()
     for _ in range(3):
         pid = host.post("a", "start")["domain"]["pid"]
+        with pytest.raises(errors.GuestImageError, match="it is disk 'vda' of domain 'a', which runs"):
+            host.post("b", "start")
+        with pytest.raises(errors.GuestImageError, match=f"it is being used by process {pid} "):     # who does not ask the daemon
+            os.close(open_image("vda", str(image)))
         os.kill(pid, signal.SIGKILL)
         host.eventually(lambda: host.domain("a")["state"] == "shut off")
-    host.post("a", "start")
-    assert host.domain("a")["disks"][0]["source"] == str(image)
-    assert host.get("a", "stats")["disks"][0]["name"] == "vda"
+    host.post("b", "start")
+    assert host.domain("b")["disks"][0]["source"] == str(image)
+    assert host.get("b", "stats")["disks"][0]["name"] == "vda"
 
 
 def test_twenty_guests_started_at_once_and_their_cost(host):

@@ -76,7 +76,14 @@ def test_imports_go_down_only(path):
     assert not forbidden, f"{path.name} ({here}) must not import {sorted(forbidden)}"
 
 
-def test_shared_rooms_import_no_vmm():
-    for name in SHARED - {"__main__"}:
-        for path in ROOT.glob(f"kvmapp/{name}.py"):
-            assert not imported_rooms(path), f"{path.name} is shared by all and must import no room"
+SHARED_SOURCES = [path for path in SOURCES if room(path) in SHARED - {"__main__"}]
+
+
+@pytest.mark.parametrize("path", SHARED_SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shared_rooms_import_no_vmm(path):
+    assert not imported_rooms(path), f"{path.name} is shared by all and must import no room"
+
+
+def test_no_shared_room_goes_unread():
+    """Each has sources under its name, be it a file or a folder."""
+    assert {room(path) for path in SHARED_SOURCES} == SHARED - {"__main__"}
