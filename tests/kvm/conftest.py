@@ -3,6 +3,7 @@ import os
 
 import pytest
 
+from tests.kvm.counting import Guest
 from tests.kvm.host import KvmHost
 
 
@@ -22,6 +23,20 @@ def host():
     """A host of the test's own, whose daemon is not started yet."""
     with KvmHost.temporary() as one:
         yield one
+
+
+@pytest.fixture
+def guest():
+    """guest(...) starts a guest that counts; none outlives the test."""
+    started = []
+
+    def start(*words):
+        started.append(Guest(*words))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.close()
 
 
 def pytest_collection_modifyitems(items):

@@ -10,7 +10,7 @@ import pytest
 
 from kvmapp import fileserver
 from kvmapp.probe import IMAGE
-from tests.kvm.test_snapshot import COUNTER, Guest
+from tests.kvm.counting import COUNTER, Guest
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = [sys.executable, "-m", "kvmapp", "run", "--kernel", str(IMAGE)]

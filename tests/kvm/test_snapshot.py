@@ -1,11 +1,8 @@
 """Whole machines saved and restored, with the probe guest: `kvmapp run --save` and `--restore`, the control socket, bad files."""
-import gzip
 import os
-import re
 import resource
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,77 +15,13 @@ from kvmapp.config import InterfaceConfig, config_from_options
 from kvmapp.errors import HostError, KvmappError, StateError
 from kvmapp.machine import Machine
 from kvmapp.probe import IMAGE
+from tests.kvm.counting import COUNTER, RUN, Guest
 from tests.leaves import leaves
 
 ROOT = Path(__file__).resolve().parents[2]
-RUN = [sys.executable, "-m", "kvmapp", "run"]
-GOLDEN = sorted((ROOT / "tests/kvm/golden").glob("*.save.gz"))
-HARDWARE = ["--memory", "16MiB", "--vcpus", "2", "--debug-console", "--debug-exit", "--rng", "--no-reboot"]
-COUNTER = ["--kernel", str(IMAGE), "--append", "steps=none mode=counter period=20", *HARDWARE]
 ROUNDS = 20
 
 pytestmark = pytest.mark.kvm
-
-
-class Guest:
-    """A foreground guest that counts on its serial port; `counts` is what was seen so far."""
-
-    def __init__(self, *words):
-        self.process = subprocess.Popen([*RUN, *map(str, words)], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, bufsize=0)
-        self.counts: list[int] = []
-        self.heard = b""
-        self.said = b""
-
-    def count(self, many: int):
-        """Waits until it has printed so many more, or, where we are late, even more."""
-        wanted = len(self.counts) + many
-        while len(self.counts) < wanted:
-            part = os.read(self.process.stdout.fileno(), 65536)
-            assert part, self.log()
-            self.hear(part)
-
-    def hear(self, part: bytes):
-        *lines, self.heard = (self.heard + part).split(b"\n")
-        self.counts += [int(re.fullmatch(rb"count (\d+)\s*", line)[1]) for line in lines]
-
-    def log(self) -> str:
-        """All that it says until its end, on its serial port into `counts` and in its log."""
-        rest, log = self.process.communicate(timeout=60)
-        self.hear(rest)
-        self.said += log
-        return self.said.decode()
-
-    def save(self) -> str:
-        """SIGUSR1, and all that it said until its end."""
-        self.process.send_signal(signal.SIGUSR1)
-        return self.log()
-
-    def fail_to_save(self):
-        """SIGUSR1, and waits until it has told that it is not saved: a signal that comes sooner may be heeded first."""
-        self.process.send_signal(signal.SIGUSR1)
-        while b"not saved: " not in self.said or not self.said.endswith(b"\n"):
-            part = os.read(self.process.stderr.fileno(), 65536)
-            assert part, self.said
-            self.said += part
-
-    def close(self):
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate()
-
-
-@pytest.fixture
-def guest():
-    started = []
-
-    def start(*words):
-        started.append(Guest(*words))
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.close()
 
 
 @pytest.fixture(scope="module")
@@ -338,29 +271,6 @@ def test_cards_stay_in_the_slots_where_the_guest_knows_them(tmp_path):
             with pytest.raises(StateError, match="slots"):
                 snapshot.restore(saved)
     machine.close()
-
-
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
-def test_golden_files_of_every_version_are_restored(guest, tmp_path, path):
-    """See tests/kvm/golden/README.md."""
-    saved, disk = tmp_path / "golden.save", tmp_path / "disk.img"
-    saved.write_bytes(gzip.decompress(path.read_bytes()))
-    disk.write_bytes(bytes(1 << 20))
-    with open(saved, "rb") as file:
-        last = statefile.read(file.fileno(), path.name)
-        last.verify()
-    one = guest("--restore", saved, *golden_words(disk))
-    one.count(3)
-    assert one.counts == list(range(one.counts[0], one.counts[0] + len(one.counts)))
-    assert one.counts[0] > 1
-
-
-def golden_words(disk):
-    return [*COUNTER, "--disk", disk, "--net", "user,mac=52:54:00:00:00:01"]
-
-
-def test_there_is_a_golden_file():
-    assert GOLDEN
 
 
 def test_hosts_side_settings_are_those_of_the_table():
