@@ -267,7 +267,9 @@ class Machine:
 
     def take_ejected(self, asked: bool = False) -> list[str]:
         """Takes out the cards that the guest has let go of, or was `asked` for: their names."""
-        slots = [*self.hotplug.take_ejected(), *(self.hotplug.wanted() if asked else ())] if self.hotplug else []
+        if not self.hotplug:
+            return []
+        slots = [*self.hotplug.take_ejected(), *(self.hotplug.wanted() if asked else ())]
         names = [name for name in self.card_threads if self.slots.slot_of(name) in slots]
         for name in names:
             self._take_out(name)

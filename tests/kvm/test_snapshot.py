@@ -65,6 +65,19 @@ def pairs(words):
     return part_arguments(words, {flag: bool(option.metavar) for flag, option in run_options().items()})[0]
 
 
+def test_a_guest_without_pci_is_saved_and_reset(guest, tmp_path):
+    """It has network cards that nobody takes out."""
+    words = ["--machine", "microvm", "--net", "user", *COUNTER]
+    one = guest(*words, "--save", tmp_path / "a.save")
+    one.count(2)
+    log = one.save()
+    assert one.process.returncode == 6, log
+    with open(tmp_path / "a.save", "rb") as file:
+        machine = snapshot.restore(statefile.read(file.fileno(), "a"))
+    assert machine.reset() == []
+    machine.close()
+
+
 def test_saving_fails_and_the_guest_goes_on(guest, tmp_path):
     path = tmp_path / "counter.save"
     one = guest(*COUNTER, "--save", path)
