@@ -17,9 +17,8 @@ LIFE_SECONDS = 300                               # beyond its time, for a proces
 SLOWEST = 50                                     # times slower than its CPU time, on a busy machine
 
 
-def fuzz(name: str, seconds: float, kind: str, *, keep: bool = False) -> str | None:
-    """Fuzzes one device; what was found, or None."""
-    folder = build.FOLDER / "corpus"
+def fuzz(name: str, seconds: float, kind: str, *, keep: bool = False, folder: Path = build.FOLDER / "corpus") -> str | None:
+    """Fuzzes one device; what was found, or None. `folder` has what earlier runs learnt, and takes what this one learns."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "tests.fuzz.worker", name, str(seconds), str(folder), *(["keep"] if keep else [])]
     try:

@@ -90,11 +90,13 @@ class Worker:
             if self.run(data):
                 self.inputs.append(data)
         self.inputs = self.inputs or [b""]
-        while time.process_time() < end:
-            data = self.mutate(self.chance.choice(self.inputs[-64:] if self.chance.random() < 0.5 else self.inputs))
-            if self.run(data):
-                self.inputs.append(data)
-        write_corpus(self.folder / f"{self.profile.name}.hex", self.inputs)
+        try:
+            while time.process_time() < end:
+                data = self.mutate(self.chance.choice(self.inputs[-64:] if self.chance.random() < 0.5 else self.inputs))
+                if self.run(data):
+                    self.inputs.append(data)
+        finally:                                     # whoever ended it, or whatever was found: the next run goes on from here
+            write_corpus(self.folder / f"{self.profile.name}.hex", self.inputs)
 
     def beginnings(self) -> list[bytes]:
         return [*seeds(self.profile), *read_corpus(CORPUS / f"{self.profile.name}.hex"),
@@ -130,6 +132,7 @@ class Worker:
     def keep(self) -> None:
         """The corpus of the tree: each input, shortest first, that covers what those before it do not."""
         inputs = sorted(set(self.beginnings()), key=lambda data: (len(data), data))
+        self.target = None                           # who was interrupted left it in the middle of an input
         self.coverage.library.coverage_forget()
         gains = [(self.run(data), data) for data in inputs]
         best = sorted((gain, data) for gain, data in gains if gain)[-KEPT_MOST:]
