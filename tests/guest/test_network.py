@@ -44,7 +44,7 @@ def host(*words, check=True):
 
 def traces():
     links = sorted(line.split()[0] for line in host("ip", "-br", "link").splitlines())
-    return links, host("nft", "list", "ruleset"), "dnsmasq" in host("ps", "-eo", "comm")
+    return links, host("nft", "-s", "list", "ruleset"), "dnsmasq" in host("ps", "-eo", "comm")
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ def traces():
             return subprocess.run(words, capture_output=True, text=True, check=False, timeout=180).stdout
         except FileNotFoundError:
             return ""
-    return {"links": sorted(line.split()[0] for line in said("ip", "-br", "link").splitlines()), "rules": said("nft", "list", "ruleset"),
+    return {"links": sorted(line.split()[0] for line in said("ip", "-br", "link").splitlines()),
+            "rules": said("nft", "-s", "list", "ruleset"),              # without counters, which others' packets move
             "namespaces": sorted(line for line in said("ip", "netns", "list").splitlines() if line.startswith("kvt-")),
             "processes": sorted(pid for pid in os.listdir("/proc") if pid.isdigit() and comm(pid) == "dnsmasq")}
 
