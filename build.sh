@@ -15,8 +15,8 @@ CACHE=${KVMAPP_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/kvmapp}
 DEB_PACKAGES="gcc libc6-dev linux-libc-dev python3-dev python3-venv liburing-dev libslirp-dev binutils acpica-tools dmidecode"
 RPM_PACKAGES="gcc glibc-devel kernel-headers python3-devel liburing-devel libslirp-devel binutils dmidecode"
 # What only the tests use: hosts in network namespaces, virsh as the judge of layouts.
-DEB_TEST_PACKAGES="busybox-static iproute2 nftables iptables dnsmasq-base e2fsprogs procps libvirt-clients shellcheck"
-RPM_TEST_PACKAGES="busybox iproute nftables iptables dnsmasq e2fsprogs procps-ng libvirt-client ShellCheck"
+DEB_TEST_PACKAGES="busybox-static iproute2 nftables iptables dnsmasq-base e2fsprogs procps libvirt-clients shellcheck groff-base man-db"
+RPM_TEST_PACKAGES="busybox iproute nftables iptables dnsmasq e2fsprogs procps-ng libvirt-client ShellCheck groff-base man-db virtiofsd"
 # What makes the one file.
 DEB_DIST_PACKAGES="patchelf zstd libzstd-dev"
 RPM_DIST_PACKAGES="patchelf zstd libzstd-static glibc-static"
@@ -94,9 +94,18 @@ lint() {
     say "mypy"; mypy
 }
 
+# virtiofsd is in the same package as QEMU's documents and helpers where it is the old one in C (the lab wants that package, too).
+deb_virtiofsd() {
+    # shellcheck disable=SC1091  # the host's own
+    case $(. /etc/os-release 2>/dev/null; echo "${VERSION_CODENAME:-}") in
+        bullseye | bookworm | focal | jammy) echo qemu-system-common ;;
+        *) echo virtiofsd ;;
+    esac
+}
+
 run_tests() {
     if [ $# -gt 0 ]; then build; python -m pytest "$@"; return; fi
-    DEB_PACKAGES="$DEB_PACKAGES $DEB_DIST_PACKAGES $DEB_TEST_PACKAGES"
+    DEB_PACKAGES="$DEB_PACKAGES $DEB_DIST_PACKAGES $DEB_TEST_PACKAGES $(deb_virtiofsd)"
     RPM_PACKAGES="$RPM_PACKAGES $RPM_DIST_PACKAGES $RPM_TEST_PACKAGES"
     build
     lint
@@ -117,7 +126,7 @@ demo() {
     kvmappctl() { python -m kvmapp ctl -c "kvmapp+unix:///system?socket=$home/run/kvmapp/kvmapp.sock" "$@"; }
     trap 'kvmappctl destroy counter >/dev/null 2>&1 || true; kill "$(cat "$home/run/kvmapp/kvmapp.pid")" 2>/dev/null || true; rm -rf "$home"' EXIT
     mkdir -p "$home/etc/kvmapp"
-    getent passwd kvmapp >/dev/null || printf 'user = nobody\ngroup = nogroup\n' >"$home/etc/kvmapp/guest.conf"
+    getent passwd kvmapp >/dev/null || printf 'user = nobody\ngroup = %s\n' "$(id -gn nobody)" >"$home/etc/kvmapp/guest.conf"
     cat >"$home/counter.conf" <<CONF
 name = counter
 memory = 32 MiB
