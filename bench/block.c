@@ -2,7 +2,7 @@
  *
  *   block FILE read|write uring|sync direct|cached DEPTH BLOCK random|sequential NANOSECONDS
  *
- * prints requests done, nanoseconds taken and nanoseconds of CPU (all threads). */
+ * prints requests done, nanoseconds taken and nanoseconds of CPU (all threads), since the ring or the threads were there. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -19,8 +19,9 @@
 
 static int file, writes, sequential;
 static unsigned depth, block;
-static uint64_t blocks, place, end, done;
+static uint64_t blocks, place, duration, start, cpu, end, done;
 static char *memory;
+static pthread_barrier_t all_there;
 
 static uint64_t now(clockid_t clock)
 {
@@ -57,6 +58,14 @@ static void start_one(struct io_uring *ring, unsigned i, uint64_t *seed)
     io_uring_sqe_set_data64(sqe, i);
 }
 
+/* What comes before is no request's. */
+static void begin(void)
+{
+    cpu = now(CLOCK_PROCESS_CPUTIME_ID);
+    start = now(CLOCK_MONOTONIC);
+    end = start + duration;
+}
+
 static void run_uring(void)
 {
     struct io_uring ring;
@@ -66,6 +75,7 @@ static void run_uring(void)
     if (result < 0)
         fail("io_uring", -result);
     io_uring_register_files(&ring, &file, 1);
+    begin();
     for (i = 0; i < depth; i++)
         start_one(&ring, i, &seed);
     while (in_flight) {
@@ -92,6 +102,7 @@ static void *run_sync(void *number)
 {
     uint64_t seed = 88172645463325252ull + (uintptr_t)number, mine = 0;
     char *data = memory + (uintptr_t)number * block;
+    pthread_barrier_wait(&all_there);
     do {
         ssize_t count = writes ? pwrite(file, data, block, next_place(&seed)) : pread(file, data, block, next_place(&seed));
         if (count != block)
@@ -105,7 +116,6 @@ static void *run_sync(void *number)
 int main(int argc, char **argv)
 {
     struct stat status;
-    uint64_t start;
     if (argc != 9)
         fail("arguments", EINVAL);
     writes = !strcmp(argv[2], "write");
@@ -119,18 +129,20 @@ int main(int argc, char **argv)
     if (posix_memalign((void **)&memory, 4096, (size_t)depth * block))
         fail("memory", ENOMEM);
     memset(memory, 1, (size_t)depth * block);
-    start = now(CLOCK_MONOTONIC);
-    end = start + strtoull(argv[8], NULL, 10);
+    duration = strtoull(argv[8], NULL, 10);
     if (!strcmp(argv[3], "uring")) {
         run_uring();
     } else {
         pthread_t threads[depth];
+        pthread_barrier_init(&all_there, NULL, depth + 1);
         for (uintptr_t i = 0; i < depth; i++)
             pthread_create(&threads[i], NULL, run_sync, (void *)i);
+        begin();
+        pthread_barrier_wait(&all_there);
         for (unsigned i = 0; i < depth; i++)
             pthread_join(threads[i], NULL);
     }
     printf("%llu %llu %llu\n", (unsigned long long)done, (unsigned long long)(now(CLOCK_MONOTONIC) - start),
-           (unsigned long long)now(CLOCK_PROCESS_CPUTIME_ID));
+           (unsigned long long)(now(CLOCK_PROCESS_CPUTIME_ID) - cpu));
     return 0;
 }

@@ -1,6 +1,7 @@
 """A load on a disk without Python in the loop: a number of requests always in flight, for a while. Compiled by bench/block.py."""
 from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 from kvmapp.abi.posix cimport CLOCK_MONOTONIC, clock_gettime, iovec, timespec
 from kvmapp.block.backend cimport BlockBackend, BlockChannel, BlockClient, BlockRequest
@@ -35,6 +36,7 @@ cdef class Load(BlockClient):
         self.vectors = <iovec*>calloc(depth, sizeof(iovec))
         if self.requests == NULL or self.vectors == NULL or posix_memalign(<void**>&self.memory, 4096, block * depth):
             raise MemoryError
+        memset(self.memory, 1, block * depth)        # untouched, it were one page of zeroes all over
         self.channel = disk.open_channel(None, self)
 
     def __dealloc__(self):
