@@ -18,7 +18,7 @@ from statistics import median
 
 from bench import _guests
 from bench._program import ROOT
-from bench.exits import host
+from bench.exits import host, order
 
 LOAD = _guests.LOADS / "diskload"
 SIZE = 256 << 20
@@ -82,8 +82,8 @@ def measure(options, folder: Path) -> None:
             file.write(os.urandom(1 << 20))
     cache = direct_or_not(image)
     rates: dict[str, list[dict[str, float]]] = {OURS: [], PEER: []}
-    for _ in range(options.rounds):
-        for name, command in commands(options, initrd, image, cache).items():
+    for turn in range(options.rounds):
+        for name, command in order(turn, commands(options, initrd, image, cache).items()):
             rates[name].append(run(command))
     show(options, rates, cache)
 

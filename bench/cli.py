@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from bench.exits import order
 from kvmapp.client import connect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,13 +116,18 @@ VERBS = {"list --all": ["list", "--all"], "list --name": ["list", "--all", "--na
          "domstate": ["domstate", "vm7"], "nodeinfo": ["nodeinfo"]}
 
 
+def turns_of(rounds: int, sides: list[tuple[Side, list[str]]]) -> list[list[Sample]]:
+    """The sample of each side, turn by turn; every second turn begins with the last of them."""
+    return [order(turn, [measure(*side) for side in order(turn, sides)]) for turn in range(rounds)]
+
+
 def show(sides: tuple[Side, Side], bare: Side, rounds: int) -> bool:
     """One line a verb; whether the first one meets the goal."""
     ours, peer = sides
     print(f"{'':14}{'kvmappctl':>12}{'virsh':>12}{'ratio':>8}{'CPU ours':>12}{'CPU virsh':>12}{'ratio':>8}")
     met, floor = True, []
     for name, verb in VERBS.items():
-        turns = [(measure(ours, verb), measure(peer, verb), measure(bare, [])) for _ in range(rounds)]
+        turns = turns_of(rounds, [(ours, verb), (peer, verb), (bare, [])])
         floor += [turn[2] for turn in turns]
         wall, cpu = ([median(getattr(turn[number], key) for turn in turns) for number in (0, 1)] for key in ("wall", "cpu"))
         ratio = median(mine.wall / other.wall for mine, other, _ in turns)

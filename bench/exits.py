@@ -11,7 +11,7 @@ import argparse
 import select
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,6 +107,11 @@ def measure(rounds: int, seconds: float) -> list[tuple[str, int, list[Sample], l
         ours, plain = in_turns(rounds, partial(run_kvmapp, guest, loop, count), partial(run_plain_c, vmm, code, loop, count))
         rows.append((name, count, ours, plain))
     return rows
+
+
+def order(turn: int, sides: Iterable[T]) -> list[T]:
+    """Who is measured in this turn after whom: backwards in every second one."""
+    return list(sides)[::-1 if turn % 2 else 1]
 
 
 def in_turns(rounds: int, ours: Callable[[], T], peer: Callable[[], T]) -> tuple[list[T], list[T]]:

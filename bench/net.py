@@ -26,7 +26,7 @@ from statistics import median
 
 from bench import _guests
 from bench._program import ROOT
-from bench.exits import host
+from bench.exits import host, order
 
 LOAD = _guests.LOADS / "netload"
 OURS, PEER = "kvmapp", "QEMU"
@@ -237,9 +237,9 @@ def measure(options) -> None:
 def rounds(options, folder: Path, way: str, here: Load) -> Rates:
     rates: Rates = {row: {OURS: [], PEER: []} for row in WAYS[way].rows if row in options.rows}
     with guests(options, folder, way) as loads:
-        for _ in range(options.rounds):
+        for turn in range(options.rounds):
             for name, figures in rates.items():
-                for vmm, theirs in loads.items():
+                for vmm, theirs in order(turn, loads.items()):
                     places = {"host": here, **theirs}
                     figures[vmm].append(places[ROWS[name].driver].drive(ROWS[name], places[ROWS[name].server], options.seconds))
     return rates

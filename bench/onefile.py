@@ -67,7 +67,7 @@ def show_list(one: Installed, peer: cli.Side, rounds: int) -> None:
     os.environ["KVMAPP_DEFAULT_URI"] = one.uri
     verb = ["list", "--all"]
     cli.measure(quick, verb)
-    turns = [(cli.measure(quick, verb), cli.measure(whole, verb), cli.measure(peer, verb)) for _ in range(rounds)]
+    turns = cli.turns_of(rounds, [(quick, verb), (whole, verb), (peer, verb)])
     print(f"{'':24}{'milliseconds':>14}{'of the peer':>14}")
     for number, name in enumerate(("kvmappctl, quick way", "kvmappctl, whole program", peer.name)):
         ratio = median(turn[number].wall / turn[2].wall for turn in turns)

@@ -14,12 +14,13 @@ import socket
 import subprocess
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from bench._guests import ours, parser_of, peer
 from bench._program import ROOT, program
 from bench.boot import show_times
-from bench.exits import host
+from bench.exits import host, in_turns
 
 GOAL = 0.1
 
@@ -105,11 +106,10 @@ def main(arguments: list[str]) -> None:
         mine, its, monitor = Path(folder, "kvmapp.save"), Path(folder, "qemu.save"), Path(folder, "qmp")
         save_ours(options, mine)
         save_peer(options, its, monitor)
-        times: dict[str, list[float]] = {"kvmapp run --restore": [], "QEMU microvm -incoming": []}
-        for _ in range(options.rounds):
-            times["kvmapp run --restore"].append(first_byte([*program(), "run", "--restore", mine]))
-            times["QEMU microvm -incoming"].append(first_byte([*monitored_peer(options, monitor), "-incoming", f"exec:cat {its}"]))
-        show(options, times, mine.stat().st_size, its.stat().st_size)
+        restored, incoming = in_turns(
+            options.rounds, partial(first_byte, [*program(), "run", "--restore", mine]),
+            partial(first_byte, [*monitored_peer(options, monitor), "-incoming", f"exec:cat {its}"]))
+        show(options, {"kvmapp run --restore": restored, "QEMU microvm -incoming": incoming}, mine.stat().st_size, its.stat().st_size)
 
 
 def show(options, times: dict[str, list[float]], mine: int, its: int) -> None:
