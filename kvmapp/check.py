@@ -304,7 +304,7 @@ def check_vhost_net(host: Host) -> Line:
     if host.exists("/dev/vhost-net"):
         return Line("Net", subject, PASS)
     can_load = host.has_module("vhost_net")
-    return Line("Net", subject, WARN, "it does not exist; networks are slower",
+    return Line("Net", subject, WARN, "it does not exist; only domains with vhost = yes or auto want it",
                 "this kernel has no vhost_net" if can_load is False else "modprobe vhost_net")
 
 

@@ -21,7 +21,7 @@ ABOUT = (
     "--name=VALUE; the values of options that stand without brackets below need no --name; -- ends the options. A single argument "
     "may hold several commands, parted by semicolons. Without a command there is an interactive shell with history and completion.",
     "With --json, before a command or among its options, a command prints one line of JSON: what the daemon answered, as "
-    "docs/openapi.json describes it, or {\"error\": {\"code\", \"message\", \"hint\"}}.",
+    "GET /v1/openapi.json of its socket describes it, or {\"error\": {\"code\", \"message\", \"hint\"}}.",
 )
 EXIT_STATUSES = (("0", "Done."), ("1", "Failed: the reason is on standard error, with a hint where there is a way out. Of several "
                                        "commands the last one counts."),
