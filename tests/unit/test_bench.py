@@ -48,9 +48,14 @@ def test_a_table_that_was_told_in_the_lab_is_no_failure(monkeypatch):
 
 
 def test_each_is_the_first_in_every_second_turn():
-    turns = []
-    ours, peer = exits.in_turns(4, lambda: turns.append("ours") or 1, lambda: turns.append("peer") or 2)
-    assert (ours, peer) == ([1] * 4, [2] * 4)
+    turns: list[str] = []
+
+    def measure(name):
+        turns.append(name)
+        return name
+
+    ours, peer = exits.in_turns(4, lambda: measure("ours"), lambda: measure("peer"))
+    assert (ours, peer) == (["ours"] * 4, ["peer"] * 4)
     assert turns[::2] == ["ours", "peer", "ours", "peer"]
     assert [exits.order(turn, "ab") for turn in range(3)] == [["a", "b"], ["b", "a"], ["a", "b"]]
 

@@ -2,6 +2,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -10,9 +11,9 @@ from tests.guest import place
 from tests.lab.commandline import DIED
 
 
-def item(name, *marks, path=None):
+def item(name, *decorators, path=None) -> Any:
     """As much of a pytest.Item as the plugin looks at."""
-    marks = [getattr(mark, "mark", mark) for mark in marks]
+    marks = [decorator.mark for decorator in decorators]
     session = SimpleNamespace(_setupstate=SimpleNamespace(teardown_exact=lambda _next: None))
     return SimpleNamespace(nodeid=name, path=path or Path(__file__), location=("", 0, name), session=session,
                            config=SimpleNamespace(stash=pytest.Stash()), iter_markers=lambda kind: (m for m in marks if m.name == kind),
@@ -41,7 +42,8 @@ class Lab(place.LabRun):
     def __init__(self, hosts, ids):
         self.hosts, self.asked = iter(hosts), []
         hook = SimpleNamespace(pytest_report_from_serializable=lambda config, data: pytest.TestReport._from_json(data))
-        super().__init__(SimpleNamespace(stash=pytest.Stash(), hook=hook), ids)
+        config: Any = SimpleNamespace(stash=pytest.Stash(), hook=hook)
+        super().__init__(config, ids)
 
     def start(self, ids):
         reports, status, late = next(self.hosts)
@@ -52,7 +54,8 @@ class Lab(place.LabRun):
         (self.folder / "output").write_text("")
         (self.folder / "reports").write_text("")
         self.write(reports)
-        self.process = SimpleNamespace(poll=lambda: status, returncode=status, wait=lambda: None, terminate=lambda: self.write(late))
+        process: Any = SimpleNamespace(poll=lambda: status, returncode=status, wait=lambda: None, terminate=lambda: self.write(late))
+        self.process = process
 
     def write(self, reports):
         with open(self.folder / "reports", "a") as file:
@@ -108,7 +111,7 @@ def test_a_test_that_is_told_again_is_listed_at_the_end(run_in, capsys):
     assert outcomes(lab, "a") == ["passed"] * 3
     assert "the reason" in capsys.readouterr().out
     lines = []
-    reporter = SimpleNamespace(section=lambda title, **_: lines.append(title), write_line=lines.append)
+    reporter: Any = SimpleNamespace(section=lambda title, **_: lines.append(title), write_line=lines.append)
     place.pytest_terminal_summary(reporter, lab.config)
     assert lines == ["told again in a new nested host", "a"]
 
