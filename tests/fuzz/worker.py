@@ -6,7 +6,6 @@ FOLDER/PROFILE.hex is the working corpus, an input a line; FOLDER/PROFILE.now ho
 process dead (a signal, a sanitizer, an exception, an input that takes longer than INPUT_SECONDS). `keep` reduces the corpus to the
 fewest inputs that cover as much and writes them to the tree.
 """
-import contextlib
 import ctypes
 import gc
 import mmap
@@ -132,7 +131,6 @@ class Worker:
     def keep(self) -> None:
         """The corpus of the tree: each input, shortest first, that covers what those before it do not."""
         inputs = sorted(set(self.beginnings()), key=lambda data: (len(data), data))
-        self.target = None                           # who was interrupted left it in the middle of an input
         self.coverage.library.coverage_forget()
         gains = [(self.run(data), data) for data in inputs]
         best = sorted((gain, data) for gain, data in gains if gain)[-KEPT_MOST:]
@@ -175,8 +173,10 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):   # a long run in the background is ended, too, without losing its corpus
         signal.signal(number, signal.default_int_handler)
     worker = Worker(profile, Path(folder), random.Random(seed))
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         worker.fuzz(float(seconds))
+    except KeyboardInterrupt:
+        worker.renew()                               # the board is in the middle of an input
     if keep:
         worker.keep()
     print(f"{worker.runs} inputs in {time.process_time():.0f} s, {worker.coverage.edges()} edges, {len(worker.inputs)} kept, seed {seed}")
