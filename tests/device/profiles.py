@@ -306,6 +306,18 @@ def virtio_rng_mmio(board):
     driver.queues[0].wait()
 
 
+@profile(still=VIRTIO_STILL | {"registers", "unseen", "device_feature_select", "generation"})
+def virtio_rng_legacy_mmio(board):
+    board.wiring = "legacy-mmio"
+    driver = board.plug(VirtioRng("rng0", board.memory))
+    driver.put("page_size", 0)                   # as at power-on: a driver stores it when it finds the device
+    yield driver.card
+    driver.start(size=16)
+    driver.queues[0].post(writable=[8])
+    driver.queues[0].kick()
+    driver.queues[0].wait()
+
+
 @profile(VirtioConsole, still=VIRTIO_STILL - {"generation"} | {"last_avail", "next_used"}, kept={"cols", "rows"})
 def virtio_console(board):
     backend = CharBackend("hvc0", output_size=16)
@@ -338,6 +350,17 @@ def virtio_balloon(board):
 
 @profile(VirtioNet, still=VIRTIO_STILL - {"generation"}, kept={"link", "mac"})
 def virtio_net(board):
+    yield from network_card(board)
+
+
+@profile(still=VIRTIO_STILL - {"generation"}, kept={"link", "mac"})
+def virtio_net_packed(board):
+    board.wiring = "packed"
+    yield from network_card(board)
+
+
+def network_card(board):
+    """Two pairs of queues, and a control queue."""
     pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM) for _ in range(2)]
     device = VirtioNet("net0", board.memory, [FrameDescriptor(fd=ours.detach()) for ours, _ in pairs], bytes(6))
     driver = board.plug(device)
@@ -368,16 +391,27 @@ def virtio_net(board):
 
 @profile(VirtioBlk, still=VIRTIO_STILL | {"capacity"})
 def virtio_blk(board):
+    yield from disk_card(board, queues=1)
+
+
+@profile(still=VIRTIO_STILL | {"capacity"})
+def virtio_blk_packed(board):
+    board.wiring = "packed"
+    yield from disk_card(board, queues=2)
+
+
+def disk_card(board, queues):
     with tempfile.NamedTemporaryFile() as image:
         image.truncate(1 << 20)
         disk = RawDisk(os.open(image.name, os.O_RDWR | os.O_CLOEXEC), name="vda")
-        driver = board.plug(VirtioBlk("vda", board.memory, disk))
+        driver = board.plug(VirtioBlk("vda", board.memory, disk, queues=queues))
         yield driver.card
         driver.start(size=16)
         driver.put_config(32, 1, 0)
-        driver.queues[0].post(readable=[bytes(16)], writable=[512, 1])
-        driver.queues[0].kick()
-        driver.queues[0].wait()
+        for queue in driver.queues:
+            queue.post(readable=[bytes(16)], writable=[512, 1])
+            queue.kick()
+            queue.wait()
 
 
 @profile(VirtioVsock, still=VIRTIO_STILL | {"cid"})

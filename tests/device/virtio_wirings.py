@@ -196,6 +196,10 @@ class LegacyMmioDriver(MmioDriver):
         super().attach()
         self.put("page_size", PAGE)                      # as Linux does: once, before it resets the device
 
+    def start(self, features: int | None = None, without: int = 0, msix: bool = False, size: int = 0) -> None:
+        self.put("page_size", PAGE)                      # a machine's reset took it back
+        super().start(features, without, msix, size)
+
     def offered(self) -> int:
         self.put("device_feature_select", 0)
         return self.get("device_feature")
