@@ -12,8 +12,9 @@ from contextlib import suppress
 from kvmapp.config import DomainConfig, write_domain
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain
+from kvmapp.daemon.images import remove_image
 from kvmapp.daemon.process import DomainProcess
-from kvmapp.daemon.saving import remove_image, start_or_go_on
+from kvmapp.daemon.saving import start_or_go_on
 from kvmapp.daemon.starting import start as start_domain
 from kvmapp.daemon.storage import remove_storage
 from kvmapp.daemon.threads import in_own_thread
@@ -22,6 +23,7 @@ from kvmapp.errors import (
     DomainNotRunning,
     DomainRunning,
     GuestIgnored,
+    HostError,
     KvmappError,
     NameInUse,
     NoResponse,
@@ -82,7 +84,6 @@ async def create(call: Call, config: DomainConfig) -> dict:
     domain = supervisor.domains.setdefault(config.name, domain or supervisor.make(config.name))
     try:
         warnings = await start_domain(supervisor, domain, call.who, paused=call.body.get("paused", False), config=config)
-        remove_image(supervisor.paths, domain.name)
     finally:
         supervisor.merge()
     return {"domain": domain.summary(), "created": True, "made": list(config.made),
@@ -120,13 +121,18 @@ async def undefine(call: Call) -> dict:
         if domain.name in store.autostarted:
             removed.append("autostart link")
         store.remove(domain.name)
-        if not domain.active and remove_image(call.supervisor.paths, domain.name):
-            removed.append("managed save image")
+        kept = []
+        try:
+            if not domain.active and remove_image(call.supervisor.paths, domain.name):
+                removed.append("managed save image")
+        except HostError as error:
+            kept.append(f"managed save image: {error}")
         names = [disk.name for disk in config.disks] if everything and config else (wanted or "").split(",") if wanted else []
         job.progress = "removing storage"
         others = [(one.name, theirs) for one in call.supervisor.domains.values() if one is not domain
                   for theirs in (one.live, one.stored.config if one.stored else None) if theirs]
         gone, left = await in_own_thread(remove_storage, config, names, others)
+    left = kept + left
     if os.path.exists(log := call.supervisor.paths.domain_log(domain.name)):
         left.append(f"log {log}")
     call.supervisor.tell(domain.name, "Undefined", "Removed")

@@ -2,18 +2,17 @@
 
 The file is opened here, as root, and written by the domain process through that descriptor. It gets its name when all is written
 and synced, and only then the domain ends; whatever fails before, the guest goes on. A managed save lies in STATE/save/NAME.save:
-the next start goes on from it and takes it away before the guest runs, so that no guest is ever restored twice from one image.
-An image of a domain that runs is void.
+the next start goes on from it. images.py has when such an image is void.
 """
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 
 from kvmapp import statefile
 from kvmapp.config import DomainConfig
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain
+from kvmapp.daemon.images import remove_image
 from kvmapp.daemon.starting import start as start_domain
 from kvmapp.daemon.threads import in_own_thread
 from kvmapp.errors import DomainRunning, HostError, KvmappError, NoResponse, StateError, UsageError
@@ -21,7 +20,6 @@ from kvmapp.errors import DomainRunning, HostError, KvmappError, NoResponse, Sta
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvmapp.daemon.jobs import Job
-    from kvmapp.daemon.paths import Paths
     from kvmapp.daemon.supervisor import Supervisor
 
 END_TIMEOUT = 10.0                      # for the process of a saved domain to go
@@ -65,7 +63,6 @@ async def restore(call: Call) -> dict:
         try:
             warnings = await start_domain(supervisor, domain, call.who, paused=call.body.get("paused", was_paused), config=config,
                                           state=fd)
-            remove_image(supervisor.paths, domain.name)         # of another moment than the disks will be
         finally:
             supervisor.merge()
     finally:
@@ -78,9 +75,7 @@ async def start_or_go_on(supervisor: Supervisor, domain: Domain, who: str, *, pa
     """Starts the domain, from its managed save if it has one; warnings. Raises KvmappError; a save that cannot be used is kept."""
     path = supervisor.paths.managed_save(domain.name)
     if domain.active or force_boot or not os.path.exists(path):
-        warnings = await start_domain(supervisor, domain, who, paused=paused)
-        remove_image(supervisor.paths, domain.name)
-        return warnings
+        return await start_domain(supervisor, domain, who, paused=paused)
     try:
         fd, config, was_paused = await in_own_thread(open_state, path, unwanted=close_state)
     except StateError as error:
@@ -89,32 +84,9 @@ async def start_or_go_on(supervisor: Supervisor, domain: Domain, who: str, *, pa
         if config.uuid != domain.want_persistent().uuid:
             raise StateError(f"The managed save image of domain '{domain.name}' is another domain's (UUID {config.uuid})",
                              f"kvmappctl managedsave-remove {domain.name} gives it up")
-        warnings = await start_domain(supervisor, domain, who, paused=True, config=config, state=fd)
-        remove_image(supervisor.paths, domain.name)
+        return await start_domain(supervisor, domain, who, paused=paused or was_paused, config=config, state=fd)
     finally:
         os.close(fd)
-    if not (paused or was_paused) and domain.process:
-        await domain.process.ask("resume")
-        await domain.process.refresh()
-    return warnings
-
-
-def remove_image(paths: Paths, name: str) -> bool:
-    """Whether there was one. Raises OSError."""
-    path = paths.managed_save(name)
-    if not os.path.exists(path):
-        return False
-    os.unlink(path)
-    statefile.sync_folder(os.path.dirname(path))
-    return True
-
-
-def clear_images(paths: Paths, active: set[str]) -> None:
-    """For a daemon that starts: images of domains that run, and what an interrupted saving left."""
-    for entry in os.listdir(paths.saved):
-        if entry.startswith(".") or entry.removesuffix(".save") in active:
-            with suppress(OSError):
-                os.unlink(os.path.join(paths.saved, entry))
 
 
 # Steps.

@@ -17,6 +17,7 @@ from kvmapp import fileserver
 from kvmapp.daemon import domainlog
 from kvmapp.daemon.counters import vcpu_numbers
 from kvmapp.daemon.domain import Domain, Record, plain, read_ending
+from kvmapp.daemon.images import has_image, remove_image
 from kvmapp.daemon.limits import Tunables, group_limits, no_limits, vcpu_limits
 from kvmapp.daemon.process import DomainProcess
 from kvmapp.daemon.sockets import listen
@@ -51,14 +52,18 @@ async def start(supervisor: Supervisor, domain: Domain, who: str, *, paused: boo
         if domain.active:
             raise DomainRunning("Domain is already active", f"kvmappctl domstate {domain.name}")
         config = config or domain.want_persistent()
+        saved = has_image(supervisor.paths, domain.name)
         try:
-            warnings = await attempt(Start(supervisor, domain, config, paused, state), job)
+            warnings = await attempt(Start(supervisor, domain, config, paused or saved, state), job)
         except ZygoteDied:                              # a new one is there at the next try
-            warnings = await attempt(Start(supervisor, domain, config, paused, state), job)
+            warnings = await attempt(Start(supervisor, domain, config, paused or saved, state), job)
     supervisor.tell(domain.name, "Started", "Booted" if state < 0 else "Restored")
     supervisor.join_groups(domain)
     if domain.process and domain.process.ended:         # its end fell into the start's last moment
         supervisor.process_gone(domain)
+    elif saved and not paused and domain.process:
+        await domain.process.ask("resume")
+        await domain.process.refresh()
     return warnings
 
 
@@ -68,6 +73,7 @@ async def attempt(start: Start, job: Job) -> list[str]:
         await start.prepare()
         job.progress = "waiting for its process"
         await start.launch()
+        remove_image(start.paths, start.domain.name)
         return start.warnings
     except OSError as error:
         await to_its_end(start.undo(f"{error}"))

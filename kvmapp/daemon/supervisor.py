@@ -20,12 +20,12 @@ from kvmapp.daemon.cgroups import Cgroups
 from kvmapp.daemon.domain import Domain, Record, read_ending, write_ending
 from kvmapp.daemon.events import Events
 from kvmapp.daemon.fileservers import FileServers
+from kvmapp.daemon.images import clear_images, remove_image
 from kvmapp.daemon.networks import Networks
 from kvmapp.daemon.process import LAST_BREATH, DomainProcess
-from kvmapp.daemon.saving import clear_images
 from kvmapp.daemon.spawn import Zygote
 from kvmapp.daemon.store import Store, not_found
-from kvmapp.errors import KvmappError, NameInUse
+from kvmapp.errors import HostError, KvmappError, NameInUse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Supervisor:
                 self.take_orphan(name)
         await asyncio.gather(*(self.find_process(domain) for domain in self.active()))
         self.merge()
-        clear_images(self.paths, {domain.name for domain in self.active()})
+        clear_images(self.paths, {domain.name for domain in self.active() if domain.process and domain.process.link is not None})
         await self.networks.find_running()
         await self.cards.find_running()
 
@@ -333,12 +333,22 @@ class Supervisor:
             ending = write_ending(path, reason, text, status)
             domainlog.append(self.paths.domain_log(domain.name), f"shut off: {text}")
         self.zygote.forget(process.pid)
+        self.void_image(record, str(ending["reason"]))
         domain.ending = ending
         self.clear_away(domain)
         log.info("domain '%s' (id %d) is shut off: %s", domain.name, record.id, ending["text"] or ending["reason"])
         self.events.publish("lifecycle", domain.name, uuid=record.uuid, id=record.id, type="Stopped",
                             detail=STOPPED.get(str(ending["reason"]), "Failed"))
         self.merge()
+
+    def void_image(self, record: Record, reason: str) -> None:
+        """Of a guest that ran, also where its start could not see to it. One that came no further than to a process, or failed, may
+        have been on the way back from its image."""
+        if record.pid and reason not in ("saved", "failed"):
+            try:
+                remove_image(self.paths, record.name)
+            except HostError as error:
+                log.error("domain '%s': %s", record.name, error)
 
     async def explain(self, domain: Domain) -> tuple[str, str, int | None]:
         """Reason, text and exit status of a process that said nothing itself."""

@@ -125,6 +125,10 @@ class FakeDomain:
         self.end("destroyed", "destroyed", 5)
         return {}
 
+    def verb_save_end(self, _client, _request):
+        self.end("saved", "saved")
+        return {}
+
     def verb_suspend(self, _client, _request):
         self.change("paused", "user")
         return {}

@@ -1,4 +1,8 @@
 """Managed saves, as files whose guests are none: when one is void, and what is said of one that cannot be used now."""
+import contextlib
+import os
+import signal
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -6,6 +10,7 @@ import pytest
 
 from kvmapp import errors, statefile
 from kvmapp.config import read_domain
+from tests.unit.daemon.host import UUID
 
 NO_MEMORY = SimpleNamespace(size=0, runs=lambda granule: [], view=None)
 
@@ -50,3 +55,96 @@ def test_a_broken_file_is_no_reason_to_give_it_up(running, saved):
     with pytest.raises(errors.ConfigError, match="memory = 'lots'"):
         running.post("web", "start")
     assert saved.exists()
+
+
+def restore(host):
+    with host.client() as client:
+        client.post("/v1/restore", file=os.path.join(host.root, "older"))
+
+
+@pytest.mark.parametrize("begin", [lambda host: host.post("web", "start"), lambda host: host.post("web", "start", force_boot=True), restore,
+                                   lambda host: host.define(host.file("web").read_text(), transient=True)],
+                         ids=["start", "force-boot", "restore", "create"])
+def test_no_guest_runs_beside_one_that_cannot_be_taken_away(running, begin):
+    """It would be restored weeks later, over disks that the guest has written to since."""
+    running.define()
+    write(Path(running.root, "older"), running)
+    folder, image = running.paths.saved, Path(running.paths.managed_save("web"))
+    if subprocess.run(["mount", "-t", "tmpfs", "none", folder], check=False).returncode:
+        pytest.skip("this host lets nobody mount")
+    try:
+        write(image, running)
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        with pytest.raises(errors.HostError, match="Cannot remove the managed save of 'web': Read-only file system"):
+            begin(running)
+        assert image.exists() and running.states() == {"web": "shut off"} and running.beats("web") == []
+        subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
+        begin(running)
+        assert not image.exists() and running.states() == {"web": "running"}
+        running.beats_on("web")
+        running.post("web", "destroy")
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_start_that_fails_keeps_it(running):
+    running.add("web", "fail", uuid=UUID)
+    image = Path(running.paths.managed_save("web"))
+    write(image, running)
+    for more in ({}, {"force_boot": True}):
+        with pytest.raises(errors.HostError, match="made of cheese"):
+            running.post("web", "start", **more)
+    assert image.exists()
+    image.unlink()
+
+
+@pytest.mark.parametrize(("verb", "kept"), [("save-end", True), ("test_crash", False), ("shutdown", False)])
+def test_the_end_of_a_guest_decides(running, verb, kept):
+    running.define()
+    running.post("web", "start")
+    image = Path(running.paths.managed_save("web"))
+    write(image, running)
+    running.told("web", verb)
+    running.eventually(lambda: running.states() == {"web": "shut off"})
+    assert image.exists() == kept
+    image.unlink(missing_ok=True)
+
+
+def test_undefine_says_what_it_could_not_remove(running, saved):
+    if subprocess.run(["mount", "--bind", saved, saved], check=False).returncode:
+        pytest.skip("this host lets nobody mount")
+    try:
+        with running.client() as client:
+            left = client.delete("/v1/domains/web")["left"]
+        assert any("Cannot remove the managed save of 'web': Device or resource busy" in text for text in left)
+    finally:
+        subprocess.run(["umount", "-l", saved], check=False)
+
+
+def test_one_whose_guest_is_still_ending_outlives_the_daemon(host):
+    """The process has closed its socket and takes its time to give its memory back."""
+    host.start()
+    host.define()
+    pid = host.post("web", "start")["domain"]["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    image = Path(host.paths.managed_save("web"))
+    write(image, host)
+    with contextlib.closing(host.tell("web", "save-end")):
+        os.unlink(host.paths.control("web"))
+        host.kill()
+        host.start()
+        assert image.exists()
+        os.kill(pid, signal.SIGCONT)
+        host.eventually(lambda: host.states() == {"web": "shut off"})
+    assert host.domain("web")["reason"] == "saved" and image.exists()
+
+
+def test_one_of_a_guest_that_runs_does_not_outlive_the_daemon(host):
+    host.start()
+    host.define()
+    host.post("web", "start")
+    image = Path(host.paths.managed_save("web"))
+    write(image, host)
+    host.kill()
+    host.start()
+    assert host.states() == {"web": "running"} and not image.exists()
