@@ -11,6 +11,7 @@ import logging
 import os
 import time
 
+from kvmapp.daemon.call import internal
 from kvmapp.daemon.saving import start_or_go_on
 from kvmapp.daemon.taps import is_bridge
 from kvmapp.daemon.threads import in_own_thread
@@ -34,7 +35,7 @@ class Autostart:
         self.state = "none"
         self.started: list[str] = []
         self.failed: dict[str, str] = {}
-        self.waiting: dict[str, Domain] = {}
+        self.waiting: dict[str, dict] = {}                            # by domain: since when, and for what
         self.looks: dict[str, asyncio.Future[list[str]]] = {}       # by domain, those under way
         self.handled: list[str] = []
         self.note = os.path.join(supervisor.paths.run, "autostarted")
@@ -64,12 +65,15 @@ class Autostart:
             log.warning("autostart: cannot write %s: %s", self.note, error.strerror)
 
     async def start_all(self) -> None:
-        for domain in self.in_order():
-            config = domain.config
-            missing = await self.missing_of(domain, config) if config else []
+        for name in [domain.name for domain in self.in_order()]:
+            domain = self.supervisor.domains.get(name)          # another one by now, if it was defined anew
+            config = domain.config if domain else None
+            if domain is None or config is None:
+                continue
+            missing = await self.missing_of(domain, config)
             if missing:
                 self.wait_for(domain, missing)
-            elif config and await self.start_one(domain):
+            elif await self.start_one(name):
                 await asyncio.sleep(config.autostart_delay)
         while self.waiting:
             await asyncio.sleep(LOOK_AGAIN)
@@ -112,26 +116,28 @@ class Autostart:
 
     def wait_for(self, domain: Domain, missing: list[str]) -> None:
         log.info("autostart: domain '%s' waits for %s", domain.name, ", ".join(missing))
-        domain.waiting = {"since": time.time(), "missing": missing}
-        self.waiting[domain.name] = domain
+        domain.waiting = self.waiting[domain.name] = {"since": time.time(), "missing": missing}
         self.supervisor.events.publish("autostart", domain.name, uuid=domain.uuid, type="waiting", detail=", ".join(missing))
 
     async def look_again(self) -> None:
-        for name, domain in list(self.waiting.items()):
-            config = domain.config
-            if domain.active or config is None or name not in self.supervisor.store.autostarted:
+        for name, waiting in list(self.waiting.items()):
+            domain = self.supervisor.domains.get(name)
+            config = domain.config if domain else None
+            if domain is None or domain.active or config is None or name not in self.supervisor.store.autostarted:
                 self.stop_waiting(name)
                 continue
             missing = await self.missing_of(domain, config)
             if not missing:
                 self.stop_waiting(name)
-                if await self.start_one(domain):
+                if await self.start_one(name):
                     await asyncio.sleep(config.autostart_delay)
-            elif domain.waiting and missing != domain.waiting["missing"]:
-                domain.waiting = {**domain.waiting, "missing": missing}
+            else:
+                domain.waiting = self.waiting[name] = {**waiting, "missing": missing}
 
     def stop_waiting(self, name: str) -> None:
-        self.waiting.pop(name).waiting = None
+        del self.waiting[name]
+        if name in self.supervisor.domains:
+            self.supervisor.domains[name].waiting = None
         self.handle(name)
 
     def handle(self, name: str) -> None:
@@ -139,18 +145,23 @@ class Autostart:
         self.handled.append(name)
         self.write_note(False)
 
-    async def start_one(self, domain: Domain) -> bool:
-        if domain.active:
+    async def start_one(self, name: str) -> bool:
+        domain = self.supervisor.domains.get(name)
+        if domain is None or domain.active:
             return False
         try:
             await start_or_go_on(self.supervisor, domain, "autostart")
         except KvmappError as error:
-            self.fail(domain.name, str(error))
+            self.fail(name, str(error))
             return False
-        log.info("autostart: domain '%s' started", domain.name)
-        self.started.append(domain.name)
-        self.handle(domain.name)
-        self.supervisor.events.publish("autostart", domain.name, uuid=domain.uuid, type="started")
+        except Exception as error:              # a defect, or a host that fails where nobody thought of it: the others are started
+            log.error("autostart: domain '%s'", name, exc_info=error)
+            self.fail(name, str(internal(error)))
+            return False
+        log.info("autostart: domain '%s' started", name)
+        self.started.append(name)
+        self.handle(name)
+        self.supervisor.events.publish("autostart", name, uuid=domain.uuid, type="started")
         return True
 
     def fail(self, name: str, why: str) -> None:
@@ -161,7 +172,7 @@ class Autostart:
 
     def to_dict(self) -> dict[str, object]:
         return {"state": self.state, "started": self.started, "failed": self.failed,
-                "waiting": {name: domain.waiting for name, domain in self.waiting.items()}}
+                "waiting": self.waiting}
 
 
 def what_is_missing(config: DomainConfig) -> list[str]:

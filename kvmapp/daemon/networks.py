@@ -127,7 +127,7 @@ class Networks:
                     raise not_found(name, self.networks)
                 if not network.active:
                     await self.start(network)
-            except KvmappError as error:
+            except (KvmappError, OSError) as error:
                 log.error("autostart: network '%s' is not started: %s", name, error)
                 self.supervisor.events.publish("network", None, type="failed", detail=f"{name}: {error}")
         try:
@@ -170,7 +170,7 @@ class Networks:
             try:
                 mended = await asyncio.to_thread(network.put_back, self.members(network.name))
                 network.warnings = []
-            except KvmappError as error:
+            except (KvmappError, OSError) as error:
                 if str(error) not in network.warnings:
                     log.error("network '%s' cannot be put back: %s", network.name, error)
                 network.warnings = [str(error)]

@@ -24,7 +24,7 @@ from kvmapp.daemon.sockets import listen
 from kvmapp.daemon.spawn import ZygoteDied
 from kvmapp.daemon.taps import open_tap
 from kvmapp.daemon.threads import in_own_thread
-from kvmapp.errors import ConfigError, DomainRunning, GuestImageError, HostError, KvmappError, NameInUse, NoResponse
+from kvmapp.errors import ConfigError, DomainNotFound, DomainRunning, GuestImageError, HostError, KvmappError, NameInUse, NoResponse
 from kvmapp.runtime import IDENTITY
 
 TYPE_CHECKING = False
@@ -48,6 +48,8 @@ async def start(supervisor: Supervisor, domain: Domain, who: str, *, paused: boo
                 config: DomainConfig | None = None, state: int = -1) -> list[str]:
     """Warnings, of limits that this host does not keep. Raises KvmappError; then nothing of it is left. `config`: of a transient or
     saved domain; else its file's. `state`: the open file of a saved state to go on from; it stays the caller's."""
+    if supervisor.domains.get(domain.name) is not domain:       # whoever wants it has waited; to undo it would take the other one's socket
+        raise DomainNotFound(f"Domain '{domain.name}' was defined anew meanwhile", f"kvmappctl start {domain.name} starts that one")
     with domain.jobs.hold("start" if state < 0 else "restore", who) as job:
         if domain.active:
             raise DomainRunning("Domain is already active", f"kvmappctl domstate {domain.name}")

@@ -194,7 +194,10 @@ class Supervisor:
         if process is None or record is None or process.ended or process.pid in (0, record.pid):
             return False
         record.pid, record.start_time = process.pid, process.start_time
-        record.save(self.paths)
+        try:
+            record.save(self.paths)
+        except OSError as error:                # it runs all the same, and the next daemon finds it by its socket
+            log.warning("cannot note the pid of domain '%s': %s", domain.name, error.strerror)
         return True
 
     def join_groups(self, domain: Domain) -> None:

@@ -1,5 +1,6 @@
 """Domains that start with the host: in their order, once a boot, and when their disks are there."""
 import asyncio
+import errno
 import os
 import threading
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from kvmapp.config import DomainConfig
 from kvmapp.daemon import autostart
 from kvmapp.daemon.autostart import Autostart
 from kvmapp.daemon.jobs import Jobs
-from kvmapp.errors import HostError
+from kvmapp.daemon.starting import start
+from kvmapp.errors import DomainNotFound, HostError
 
 
 def test_autostart_in_order_once_a_boot(host):
@@ -49,6 +51,48 @@ def test_autostart_waits_for_a_disk_and_says_so(host, tmp_path):
     image.write_bytes(b"\0" * 512)
     host.eventually(lambda: host.states()["waits"] == "running")
     assert host.domain("waits")["waiting"] is None
+
+
+def test_autostart_leaves_a_domain_alone_that_was_defined_anew_and_started(host, tmp_path):
+    host.start()
+    host.define(f"name = web\nmemory = 64 MiB\n[disk vda]\nsource = {tmp_path}/late.img\n")
+    host.post("web", "autostart", enabled=True)
+    host.kill()
+    os.unlink(os.path.join(host.paths.run, "autostarted"))
+    host.start()
+    host.eventually(lambda: host.domain("web")["waiting"])
+    with host.client() as client:
+        client.delete("/v1/domains/web")
+    host.define()
+    host.post("web", "autostart", enabled=True)
+    one = host.post("web", "start")["domain"]
+    with host.client() as client:
+        done = host.eventually(lambda: (lambda one: one if one["state"] == "done" else None)(client.get("/v1/autostart")))
+    assert done["failed"] == {}
+    assert host.told("web", "status")["pid"] == one["pid"] == host.records()["web"]["pid"] == host.domain("web")["pid"]
+    host.beats_on("web")
+
+
+def test_a_domain_that_was_replaced_is_not_started():
+    stale, other = SimpleNamespace(name="web"), SimpleNamespace(name="web")
+    supervisor: Any = SimpleNamespace(domains={"web": other})
+    with pytest.raises(DomainNotFound, match="'web' was defined anew meanwhile"):
+        asyncio.run(start(supervisor, stale, "autostart"))
+
+
+def test_a_start_that_fails_in_no_known_way_is_no_end_of_the_others(waiting, monkeypatch):
+    async def start(supervisor, domain, who):
+        if domain.name == "bad":
+            raise OSError(errno.EROFS, "Read-only file system")
+
+    config = DomainConfig.from_dict({"name": "x", "memory": 64 << 20, "autostart_delay": 0})
+    domains = {name: SimpleNamespace(name=name, uuid=None, active=False, config=config, jobs=Jobs(name, lambda job, begins: None))
+               for name in ("bad", "good")}
+    waiting.supervisor.domains, waiting.supervisor.store = domains, SimpleNamespace(autostarted={"bad", "good"}, files=domains)
+    waiting.supervisor.events = SimpleNamespace(publish=lambda *_, **more: None)
+    monkeypatch.setattr(autostart, "start_or_go_on", start)
+    asyncio.run(waiting.start_all())
+    assert waiting.state == "done" and waiting.started == ["good"] and "Read-only file system" in waiting.failed["bad"]
 
 
 @pytest.fixture

@@ -1,14 +1,19 @@
 """The host beneath the daemon: files half written or odd, disks full, a clock that jumps, logs that grow."""
+import asyncio
 import contextlib
+import errno
 import os
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from kvmapp import errors
 from kvmapp.client import of
+from kvmapp.daemon.networks import Networks
 from tests.unit.daemon.host import GUEST, IS_ROOT, UUID
 
 root_only = pytest.mark.skipif(not IS_ROOT, reason="needs root")
@@ -77,6 +82,17 @@ def test_full_disk_under_log(host):
         assert host.post("a", "start")["domain"]["state"] == "running"
         host.post("a", "destroy")
         host.stop()
+
+
+def test_a_network_that_cannot_be_put_back_holds_up_no_other():
+    def fails(members):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    seen: list[str] = []
+    bad, good = SimpleNamespace(name="bad", put_back=fails, warnings=[]), SimpleNamespace(name="good", put_back=seen.append)
+    networks: Any = SimpleNamespace(members=lambda name: name)
+    asyncio.run(Networks.put_back(networks, [bad, good], rules=False))      # type: ignore[list-item]
+    assert seen == ["good"] and "No space left on device" in bad.warnings[0]
 
 
 @contextlib.contextmanager
