@@ -16,6 +16,7 @@ import binascii
 import json
 import os
 import struct
+import threading
 import zlib
 from contextlib import suppress
 
@@ -92,9 +93,13 @@ def sync_folder(path: str) -> None:
 
 
 class Draft:
-    """A temporary file beside `path`, gone again at the end unless it was published. Raises HostError."""
+    """A temporary file beside `path`, gone again at the end unless it was published. Raises HostError.
+
+    `publish` and `close` may be two threads'; one that is `given_up` before its `publish` has ended is not published.
+    """
 
     def __init__(self, path: str, mode: int = 0o600):
+        self.lock, self.given_up = threading.Lock(), False
         self.path = os.path.abspath(path)
         folder, name = os.path.split(self.path)
         self.temporary = os.path.join(folder, f".{name}.{os.getpid()}.new")
@@ -115,22 +120,26 @@ class Draft:
 
     def close(self) -> None:
         """A second call does nothing."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-        if self.temporary:
-            with suppress(OSError):                     # its folder is gone, or cannot be written any more
-                os.unlink(self.temporary)
-            self.temporary = ""
+        with self.lock:
+            if self.fd >= 0:
+                fd, self.fd = self.fd, -1
+                with suppress(OSError):                 # of what was synced, or is thrown away
+                    os.close(fd)
+            if self.temporary:
+                with suppress(OSError):                 # its folder is gone, or cannot be written any more
+                    os.unlink(self.temporary)
+                self.temporary = ""
 
     def publish(self) -> None:
         """The file is whole: gives it its name. Raises HostError."""
         try:
-            os.fsync(self.fd)
-            os.rename(self.temporary, self.path)
-            self.temporary = self.path                  # a file that is said to have failed must not stay: its guest goes on
-            sync_folder(os.path.dirname(self.path))
-            self.temporary = ""
+            with self.lock:
+                os.fsync(self.fd)
+                os.rename(self.temporary, self.path)
+                self.temporary = self.path              # a file that is said to have failed must not stay: its guest goes on
+                sync_folder(os.path.dirname(self.path))
+                if not self.given_up:
+                    self.temporary = ""
         except OSError as error:
             raise HostError(f"Cannot save to '{self.path}': {error.strerror}", hint_for(error)) from None
 

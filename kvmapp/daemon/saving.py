@@ -6,7 +6,9 @@ the next start goes on from it. images.py has when such an image is void.
 """
 from __future__ import annotations
 
+import asyncio
 import os
+from contextlib import asynccontextmanager, suppress
 
 from kvmapp import statefile
 from kvmapp.config import DomainConfig
@@ -14,11 +16,13 @@ from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain
 from kvmapp.daemon.images import remove_image
 from kvmapp.daemon.starting import start as start_domain
-from kvmapp.daemon.threads import in_own_thread
+from kvmapp.daemon.threads import begin, in_own_thread
 from kvmapp.errors import DomainRunning, HostError, KvmappError, NoResponse, StateError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from kvmapp.daemon.jobs import Job
     from kvmapp.daemon.supervisor import Supervisor
 
@@ -95,8 +99,7 @@ async def write(domain: Domain, path: str, job: Job, body: dict) -> None:
     """Saves the active domain and ends it; with `paused` or without, as the body has it. Raises KvmappError; then it goes on."""
     process = domain.want_active()
     job.progress = "writing its memory"
-    draft = await in_own_thread(statefile.Draft, path, unwanted=statefile.Draft.close)
-    with draft:
+    async with new_file(path) as draft:
         await process.ask("save", None, fd=draft.fd, **{"paused": body["paused"]} if "paused" in body else {})
         job.progress = "giving the file its name"
         try:
@@ -108,6 +111,30 @@ async def write(domain: Domain, path: str, job: Job, body: dict) -> None:
     if not await domain.wait_until(lambda: domain.process is not process, END_TIMEOUT):
         raise NoResponse(f"Domain '{domain.name}' is saved to {path}, but its process does not end",
                          f"kvmappctl destroy {domain.name} ends it")
+
+
+@asynccontextmanager
+async def new_file(path: str) -> AsyncIterator[statefile.Draft]:
+    """Closed in a thread, too: whoever breaks a save off, since its file server hangs, must not wait for that."""
+    draft = await in_own_thread(statefile.Draft, path, unwanted=statefile.Draft.close)
+    try:
+        yield draft
+    except asyncio.CancelledError:
+        draft.given_up = True
+        with suppress(HostError):       # no thread is to be had: then it stays open, which hurts less
+            begin(draft.close)
+        raise
+    except BaseException:
+        await put_away(draft)
+        raise
+    await put_away(draft)
+
+
+async def put_away(draft: statefile.Draft) -> None:
+    try:
+        await in_own_thread(draft.close)
+    except HostError:                   # no thread is to be had; its file server has only just answered
+        draft.close()
 
 
 def absolute(call: Call) -> str:

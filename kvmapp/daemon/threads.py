@@ -30,11 +30,16 @@ async def in_own_thread(work: Callable[..., Result], *arguments: Any,
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[Result] = loop.create_future()
 
+    def throw_away(result: Result) -> None:
+        if unwanted is not None:
+            with suppress(HostError):
+                begin(partial(unwanted, result))
+
     def succeed(result: Result) -> None:
         if not answer.done():
             answer.set_result(result)
-        elif unwanted is not None:
-            begin(partial(unwanted, result))
+        else:
+            throw_away(result)
 
     def fail(error: Exception) -> None:
         if not answer.done():
@@ -49,7 +54,12 @@ async def in_own_thread(work: Callable[..., Result], *arguments: Any,
             loop.call_soon_threadsafe(told)
 
     begin(run)
-    return await answer
+    try:
+        return await answer
+    except asyncio.CancelledError:
+        if answer.done() and not answer.cancelled() and answer.exception() is None:     # both came in the same turn of the loop
+            throw_away(answer.result())
+        raise
 
 
 def begin(work: Callable[[], object]) -> None:

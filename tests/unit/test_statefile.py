@@ -211,6 +211,13 @@ def test_a_place_that_takes_no_file(path):
         Draft(path)
 
 
+def test_a_draft_that_was_given_up_while_it_was_published_does_not_stay(tmp_path):
+    with Draft(str(tmp_path / "a.save")) as draft:
+        draft.given_up = True
+        draft.publish()
+    assert os.listdir(tmp_path) == []
+
+
 def test_what_cannot_be_saved_is_a_defect_of_ours():
     with pytest.raises(TypeError, match="set"):
         statefile.encode({"a": {1, 2}})

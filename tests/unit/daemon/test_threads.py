@@ -2,6 +2,8 @@
 import asyncio
 import threading
 
+import pytest
+
 from kvmapp.daemon.threads import in_own_thread
 
 
@@ -27,3 +29,18 @@ def test_what_comes_after_its_time_goes_to_whoever_throws_it_away():
     asyncio.run(story())
     [(value, thread)] = thrown
     assert value == 2 and thread is not threading.main_thread(), "it may hang"
+
+
+def test_what_comes_in_the_moment_when_it_is_given_up_is_thrown_away_too(monkeypatch):
+    thrown = threading.Event()
+
+    async def story():
+        loop = asyncio.get_running_loop()
+        call_soon = loop.call_soon_threadsafe
+        task = asyncio.create_task(in_own_thread(str, unwanted=lambda _: thrown.set()))
+        with monkeypatch.context() as patched:
+            patched.setattr(loop, "call_soon_threadsafe", lambda told: call_soon(lambda: (told(), task.cancel())))
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert await asyncio.to_thread(thrown.wait, 60)
+    asyncio.run(story())
