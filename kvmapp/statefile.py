@@ -105,6 +105,8 @@ class Draft:
         self.temporary = os.path.join(folder, f".{name}.{os.getpid()}.new")
         if os.path.isdir(self.path):
             raise HostError(f"Cannot save to '{path}': Is a directory", "name a file")
+        if os.path.exists(self.path) and not os.path.isfile(self.path):     # the rename would put a file in the place of its node
+            raise HostError(f"Cannot save to '{path}': it is a device, not a file", "name a file")
         try:
             if os.path.lexists(self.temporary):         # of a process with our number that was killed
                 os.unlink(self.temporary)

@@ -211,6 +211,23 @@ def test_a_place_that_takes_no_file(path):
         Draft(path)
 
 
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    """Such as /dev/null, or a volume's node: the rename would put a file into devtmpfs in its place."""
+    fifo, link, plain = tmp_path / "fifo", tmp_path / "link", tmp_path / "plain"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    for path in (fifo, link):
+        with pytest.raises(HostError, match="it is a device, not a file"):
+            Draft(str(path))
+    assert fifo.is_fifo() and sorted(os.listdir(tmp_path)) == ["fifo", "link"]
+    plain.write_bytes(b"before")
+    link.unlink()
+    link.symlink_to(plain)
+    with Draft(str(link)) as draft:
+        draft.publish()
+    assert not link.is_symlink() and plain.read_bytes() == b"before"
+
+
 def test_a_draft_that_was_given_up_while_it_was_published_does_not_stay(tmp_path):
     with Draft(str(tmp_path / "a.save")) as draft:
         draft.given_up = True
