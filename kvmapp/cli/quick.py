@@ -11,6 +11,7 @@ done, and the launcher starts the whole program. Left out: more than one request
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import os
 import select
@@ -36,6 +37,10 @@ OUT, ERR, EXIT, DECLINED = 1, 2, 3, 4
 ERR_IS_TERMINAL = 1
 NUMBERS = struct.Struct("<II")
 REQUEST_LIMIT = 65536
+CALLERS_MOST = 256                      # at a time: everybody may call, and each is a process; more are left to the whole program
+REQUEST_TIMEOUT = 5                     # seconds until a request must be here
+FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+DEAF = 1000                             # milliseconds without new calls when no descriptor is to be had, unless one ends before
 NOBODY = 65534
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, LAST_CAPABILITY = 24, 38, 63
 # What some verb imports when it needs it: nobody may not read every place that a program runs from, and a child would do it each time.
@@ -60,6 +65,8 @@ def main(words: list[str]) -> int:
 
 
 def give_up_rights() -> None:
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:     # the daemon may be protected from the kernel's choice
+        score.write("0")
     libc = ctypes.CDLL(None)
     for capability in range(LAST_CAPABILITY + 1):
         if libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) != 0:
@@ -78,6 +85,7 @@ class Quick:
         self.listener, self.leash = listener, leash
         # Both descriptors of a call → its connection, the read end of a pipe that ends when the child does, and the child's pid.
         self.callers: dict[int, tuple[socket.socket, int, int]] = {}
+        self.deaf = False
         self.poll = select.poll()
         for descriptor in (listener.fileno(), leash):
             self.poll.register(descriptor, select.POLLIN)
@@ -86,7 +94,9 @@ class Quick:
 
     def serve(self) -> None:
         while True:
-            for descriptor, _ in self.poll.poll():
+            ready = self.poll.poll(DEAF if self.deaf else None)
+            self.hear_again()
+            for descriptor, _ in ready:
                 if descriptor == self.leash:
                     return
                 if descriptor == self.listener.fileno():
@@ -97,10 +107,15 @@ class Quick:
     def take_call(self) -> None:
         try:
             caller, _ = self.listener.accept()
-        except OSError:
+        except OSError as error:
+            if error.errno in FULL:             # the call would wait and wake us for ever
+                self.poll.unregister(self.listener)
+                self.deaf = True
             return
         ends: tuple[int, ...] = ()
         try:
+            if len(self.callers) >= 2 * CALLERS_MOST:
+                raise BlockingIOError
             ends = os.pipe()
             pid = os.fork()
         except OSError:
@@ -117,6 +132,11 @@ class Quick:
         self.callers[caller.fileno()] = self.callers[alive] = caller, alive, pid
         self.poll.register(caller, select.POLLRDHUP)
         self.poll.register(alive, select.POLLIN)
+
+    def hear_again(self) -> None:
+        if self.deaf:
+            self.poll.register(self.listener, select.POLLIN)
+            self.deaf = False
 
     def end_call(self, descriptor: int) -> None:
         """Either the child is through, or its caller has gone."""
@@ -155,7 +175,9 @@ def live(quick: Quick, caller: socket.socket) -> NoReturn:
 
 
 def answer(caller: socket.socket) -> int:
+    signal.alarm(REQUEST_TIMEOUT)       # whose end is this process's: one that says nothing is not kept
     flags, texts, daemon = receive(caller)
+    signal.alarm(0)
     uri, zone, *words = texts
     verb = verb_of(words)
     if daemon is None or verb not in VERBS or "--console" in words:

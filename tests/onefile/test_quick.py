@@ -1,5 +1,8 @@
 """kvmappctl's quick way, launcher and warm process: the whole program's words and statuses, and nobody's rights grow by it."""
+import contextlib
 import os
+import resource
+import select
 import signal
 import socket
 import subprocess
@@ -136,6 +139,43 @@ def test_hostile_requests_hurt_nobody_else(request_, tree, run):
         caller.connect(str(run.folder / "kvmapp-sock-quick"))
         caller.sendall(request_)
         assert call(tree, run, "list").stdout.startswith(b" Id ")
+
+
+def test_silent_callers_are_no_processes_without_end(tree, run):
+    """The socket is everybody's. What is beyond the most is left to the whole program, and who says nothing is not kept."""
+    children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children")
+    with contextlib.ExitStack() as stack:
+        callers = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(quick.CALLERS_MOST + 44)]
+        for caller in callers:
+            caller.connect(str(run.folder / "kvmapp-sock-quick"))
+            assert len(children.read_text().split()) <= quick.CALLERS_MOST
+        assert callers[-1].recv(8) == quick.NUMBERS.pack(quick.DECLINED, 0)
+        assert call(tree, run, "list").stdout == b"the whole program: list\n"
+        assert {caller.recv(8) for caller in callers[:-1]} <= {b"", quick.NUMBERS.pack(quick.DECLINED, 0)}
+    assert call(tree, run, "list").stdout.startswith(b" Id ")
+
+
+def test_no_descriptor_for_a_call_keeps_no_cpu_busy(tmp_path, monkeypatch):
+    """It waits until one ends, or a moment."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as caller:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        caller.connect(str(tmp_path / "socket"))
+        leash, other = os.pipe()
+        warm = quick.Quick(listener, leash)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert warm.poll.poll(0)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (listener.fileno(), limits[1]))
+        try:
+            warm.take_call()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert warm.deaf and warm.poll.poll(0) == []
+        warm.hear_again()
+        assert warm.poll.poll(0) == [(listener.fileno(), select.POLLIN)]
+        os.close(leash)
+        os.close(other)
 
 
 @pytest.fixture
