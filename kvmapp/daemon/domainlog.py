@@ -47,25 +47,42 @@ def rotate(path: str, limit: int, backups: int, *, in_use: bool) -> None:
     with suppress(OSError):  # no room for a copy: the log grows on until there is
         if os.stat(path).st_size < limit:
             return
-        for number in range(backups, 1, -1):
-            if os.path.exists(f"{path}.{number - 1}"):
-                os.rename(f"{path}.{number - 1}", f"{path}.{number}")
         if not backups:
             os.truncate(path, 0)
         elif in_use:
-            copy_and_cut(path, f"{path}.1")
+            copy_and_cut(path, backups)
         else:
+            shift(path, backups)
             os.rename(path, f"{path}.1")
 
 
-def copy_and_cut(path: str, backup: str) -> None:
+def shift(path: str, backups: int) -> None:
+    for number in range(backups, 1, -1):
+        if os.path.exists(f"{path}.{number - 1}"):
+            os.rename(f"{path}.{number - 1}", f"{path}.{number}")
+
+
+def copy_and_cut(path: str, backups: int) -> None:
+    """The copy first: where there is no room for it, the older ones stay as they are."""
+    new = f"{path}.new"
+    try:
+        copy(path, new)
+        shift(path, backups)
+        os.rename(new, f"{path}.1")
+    except OSError:
+        with suppress(FileNotFoundError):
+            os.unlink(new)
+        raise
+    os.truncate(path, 0)
+
+
+def copy(path: str, backup: str) -> None:
     """What there is now and no more: a process may write faster than we copy."""
-    with open(path, "rb") as log, open(backup, "wb", opener=private) as copy:
+    with open(path, "rb") as log, open(backup, "wb", opener=private) as file:
         left = os.fstat(log.fileno()).st_size
         while left and (data := log.read(min(BLOCK, left))):
-            copy.write(data)
+            file.write(data)
             left -= len(data)
-    os.truncate(path, 0)
 
 
 def private(path: str, flags: int) -> int:

@@ -1,0 +1,26 @@
+"""Logs that are set aside by size."""
+import errno
+import os
+
+from kvmapp.daemon import domainlog
+
+
+def test_a_full_disk_costs_no_older_log(tmp_path, monkeypatch):
+    log = tmp_path / "web.log"
+    older = {f"web.log.{number}": b"%d" % number * 100 for number in (1, 2, 3)}
+    for name, data in older.items():
+        (tmp_path / name).write_bytes(data)
+    log.write_bytes(b"x" * 1000)
+
+    def full(path, backup):
+        os.close(domainlog.private(backup, os.O_WRONLY | os.O_CREAT))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(domainlog, "copy", full)
+        for _ in range(3):
+            domainlog.rotate(str(log), 1000, 3, in_use=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {**older, "web.log": b"x" * 1000}
+    domainlog.rotate(str(log), 1000, 3, in_use=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "web.log": b"", "web.log.1": b"x" * 1000, "web.log.2": older["web.log.1"], "web.log.3": older["web.log.2"]}
