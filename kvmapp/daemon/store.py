@@ -110,14 +110,23 @@ class Store:
     def part_twins(self, changed: set[str]) -> None:
         """A UUID is one domain's: of several files with the same one, those that were there before have it."""
         owners: dict[str, str] = {}
-        for name in sorted(self.files, key=lambda name: (name in changed, name)):
-            stored = self.files[name]
+        for name, stored in self.files.items():
             if stored.config is not None:
-                owner = owners.setdefault(stored.config.uuid, name)
-                if owner != name:
-                    stored.error = ConfigError(f"uuid = {stored.config.uuid}: domain '{owner}' has it already",
-                                               "leave uuid out of a copy, and its mac keys: they are made anew", file=stored.path)
-                    stored.config, stored.twin = None, True
+                other = owners.setdefault(stored.config.uuid, name)
+                if other != name:
+                    owners[stored.config.uuid] = min(other, name, key=lambda name: self.claim(name, changed))
+        for name, stored in self.files.items():
+            owner = owners[stored.config.uuid] if stored.config is not None else name
+            if stored.config is not None and owner != name:
+                stored.error = ConfigError(f"uuid = {stored.config.uuid}: domain '{owner}' has it already",
+                                           "leave uuid out of a copy, and its mac keys: they are made anew", file=stored.path)
+                stored.config, stored.twin = None, True
+
+    def claim(self, name: str, changed: set[str]) -> tuple:
+        """The least has the UUID. To a daemon that starts all files are new: then what runs is none of the copies, nor what starts by
+        itself; and a copy is younger than its original."""
+        runs = os.path.exists(os.path.join(self.paths.records, f"{name}.json"))
+        return name in changed, not runs, name not in self.autostarted, self.files[name].key[:2], name
 
     def write_made(self) -> None:
         """Stores UUIDs and MACs that were made, once whoever writes the file is done with it."""

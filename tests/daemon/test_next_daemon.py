@@ -187,6 +187,24 @@ def test_rename_that_was_cut_short_is_finished(host):
     assert not note.exists() and not host.file("old").exists()
 
 
+@pytest.mark.parametrize("why", ["runs", "starts by itself", "is older"])
+def test_of_two_files_with_one_uuid_the_copy_stays_the_broken_one(host, why):
+    host.add("b", uuid=UUID)
+    host.start()
+    if why == "runs":
+        host.post("b", "start")
+    elif why == "starts by itself":
+        host.post("b", "autostart", enabled=True)
+    host.add("a", uuid=UUID)                                            # it comes first by name
+    for name, when in (("a", 2e9 if why == "is older" else 1e9), ("b", 1.5e9)):
+        os.utime(host.file(name), (when, when))
+    wanted = {"a": "broken", "b": "running" if why == "runs" else "shut off"}
+    assert host.states() == wanted
+    host.kill()
+    host.start()
+    assert host.states() == wanted
+
+
 def test_what_a_killed_writer_left_is_cleared(host):
     host.add("a")
     Path(host.paths.domains, ".kvmapp-tmp-0123456789ab").write_text("half a fi")
