@@ -458,7 +458,8 @@ GUEST = File(
         Setting("group", Word(), "kvmapp-guest",
                 help="Their group; never the one whose members may use the daemon's socket."),
         Setting("shutdown_timeout", Duration(1, 86400), 60,
-                help="How long shutdown gives a guest before it says that the guest ignores the power button."),
+                help="How long a guest may take to heed shutdown; then its log and an event (guest-ignored) say that it ignores the "
+                     "power button."),
         Setting("log_max_size", Size(64 * KIB, 1 * TIB), 2 * MIB,
                 help="A domain's log in /var/log/kvmapp is set aside when it has grown to this size."),
         Setting("log_max_backups", Integer(0, 99), 3, help="How many logs that were set aside are kept a domain."),

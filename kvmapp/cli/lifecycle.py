@@ -40,7 +40,7 @@ def open_after(session, changed: dict) -> int:
 @verb("shutdown", "ask the guest to shut down", domain(complete="active"), MODE,
       value("timeout", "wait so many seconds for its end; say so if it does not come", kind=NUMBER),
       text="Presses the domain's power button. A guest without ACPI, or without a program that heeds it, ignores that; destroy ends "
-           "it then.",
+           "it then. If it still runs after guest.conf's shutdown_timeout, a line in the domain's log and an event (guest-ignored) say so.",
       failure="Failed to shutdown domain '{domain}'")
 def shutdown(session, given):
     if not given.timeout:

@@ -10,6 +10,7 @@ import os
 from contextlib import suppress
 
 from kvmapp.config import DomainConfig, write_domain
+from kvmapp.daemon import domainlog
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain
 from kvmapp.daemon.images import remove_image
@@ -36,6 +37,8 @@ from kvmapp.settings import apply
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from kvmapp.daemon.supervisor import Supervisor
 
 DESTROY_GRACE = 3.0                     # for a domain process to end by itself before it is killed
 DESTROY_TIMEOUT = 10.0                  # for the kernel to end it
@@ -181,18 +184,34 @@ async def start(call: Call) -> dict:
 
 
 async def shutdown(call: Call) -> dict:
-    """Presses the power button; with a timeout, waits for the guest to follow."""
+    """Presses the power button; with a timeout, waits for the guest to follow. Without one, its log tells if it does not."""
     domain = call.domain()
     process = domain.want_active()
     with domain.jobs.hold("shutdown", call.who):
         await process.ask("shutdown")
     timeout = call.body.get("timeout") or 0
-    if timeout > 0 and not await domain.wait_until(lambda: domain.process is not process, timeout):
-        raise GuestIgnored(f"Domain '{domain.name}' still runs {timeout:g} s after its power button was pressed: "
-                           "the guest ignores ACPI",
-                           "acpid or systemd-logind in the guest would follow it; to end it now: "
-                           f"kvmappctl destroy {domain.name}")
+    if timeout <= 0:
+        call.supervisor.run(watch_pressed(call.supervisor, domain, process), f"shutdown of {domain.name}")
+    elif not await domain.wait_until(lambda: domain.process is not process, timeout):
+        raise ignored(domain, timeout)
     return call.changed(domain)
+
+
+async def watch_pressed(supervisor: Supervisor, domain: Domain, process: DomainProcess) -> None:
+    """For guest.conf's shutdown_timeout. A guest that was reset or paused since is not waited for, nor is the first of two presses."""
+    domain.presses += 1
+    presses, since, timeout = domain.presses, process.since, supervisor.guest_defaults().shutdown_timeout
+    if await domain.wait_until(lambda: (domain.process, process.since, domain.presses) != (process, since, presses), timeout):
+        return
+    error = ignored(domain, timeout)
+    domainlog.append(domain.paths.domain_log(domain.name), f"warning: {error.message}; {error.hint}")
+    supervisor.events.publish("guest-ignored", domain.name, uuid=domain.uuid, id=domain.id, type="shutdown",
+                              detail=f"kvmappctl destroy {domain.name} ends it now")
+
+
+def ignored(domain: Domain, timeout: float) -> GuestIgnored:
+    return GuestIgnored(f"Domain '{domain.name}' still runs {timeout:g} s after its power button was pressed: the guest ignores ACPI",
+                        f"acpid or systemd-logind in the guest would follow it; to end it now: kvmappctl destroy {domain.name}")
 
 
 async def reboot(call: Call) -> dict:

@@ -80,6 +80,7 @@ class Domain:
         self.waiting: dict | None = None                # autostart: for what
         self.stats: tuple[float, float, dict] | None = None     # the last counters, and when: by clock, monotonic
         self.destroyed_by: str | None = None            # who killed a process that could not say it itself
+        self.presses = 0                                # of its power button
         self.waiters: list[asyncio.Future[None]] = []
 
     # What it is.

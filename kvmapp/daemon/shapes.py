@@ -174,11 +174,12 @@ ALL_STATS = record(domains=list_of(ref("Stats")))
 WAITED = record(domain=ref("Domain"), reached=yes_no("false: the time ran out"))
 
 EVENT = {**record(time=number(), event=one_of("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-broken",
-                                              "daemon", "network", "device-removed", "watchdog", "lost"),
+                                              "daemon", "network", "device-removed", "watchdog", "guest-ignored", "lost"),
                   domain=maybe(text()), uuid=maybe(text()), id=maybe(whole()),
                   type=maybe(text("lifecycle: Defined, Undefined, Started, Suspended, Resumed, Stopped, Shutdown, Crashed")),
                   detail=maybe(text("Added, Updated, Renamed, Removed, Booted, Paused, Unpaused, Shutdown, Destroyed, ..."))),
-         "description": "One line of the stream. `lost`: the reader was too slow and the stream ends here."}
+         "description": "One line of the stream. `lost`: the reader was too slow and the stream ends here. `guest-ignored`: a guest still "
+                        "runs guest.conf's shutdown_timeout after its power button was pressed."}
 
 NODE = record(model=text("x86_64"), cpus=whole(), mhz=whole(), sockets=whole(), cores=whole("per socket"),
               threads=whole("per core"), numa_cells=whole(), memory=whole(), hostname=text(), cpu_name=text())
@@ -272,7 +273,8 @@ SAVED_AS = yes_no("how it is to come back; absent: as it is now")
 SAVE = options(file=text("absolute path on the daemon's host"), paused=SAVED_AS)
 MANAGED_SAVE = options(paused=SAVED_AS)
 RESTORE = options(file=text("absolute path on the daemon's host"), paused=yes_no("its vCPUs do not run yet; absent: as it was saved"))
-SHUTDOWN = options(mode=one_of("acpi"), timeout=number("wait so long for the end; null or 0: do not wait"))
+SHUTDOWN = options(mode=one_of("acpi"), timeout=number("wait so long for the end; null or 0: do not wait, and an event tells if "
+                                                            "it does not come (guest-ignored)"))
 REBOOT = options(mode=one_of("acpi"))
 DESTROY = options(graceful=yes_no("never SIGKILL: fail if the process does not end by itself"))
 AUTOSTART_SET = options(enabled=yes_no())

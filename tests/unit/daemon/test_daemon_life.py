@@ -1,15 +1,23 @@
 """A domain's life through the daemon: started, asked, stopped, undefined; alone, and beside others."""
+import asyncio
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from kvmapp import errors
+from kvmapp import errors, schema
 from kvmapp.client import of
+from kvmapp.daemon import actions
 from kvmapp.daemon.cgroups import Cgroups
+from kvmapp.daemon.domain import Domain
 from kvmapp.daemon.main import cgroup_name
-from tests.unit.daemon.host import IS_ROOT, SOCKET_GROUP, WEB
+from kvmapp.daemon.paths import Paths
+from kvmapp.settings import is_ahead
+from tests.unit.daemon.host import GUEST, IS_ROOT, SOCKET_GROUP, WEB
 
 
 @pytest.mark.parametrize("name", ["x" * 200, "мой сервер", "server (old) v1.2", "日本語" * 20, "a'b", "100%", "memory.max", "a.conf"])
@@ -119,6 +127,48 @@ def test_guest_that_ignores_acpi_is_told(running):
     assert "ignores ACPI" in caught.value.message and "destroy" in caught.value.hint
     assert running.domain("deaf")["state"] == "running"
     assert running.post("deaf", "destroy")["domain"]["reason"] == "destroyed"
+
+
+def test_a_guest_that_ignores_acpi_is_told_in_its_log_too(running):
+    running.write("guest.conf", f"{GUEST}shutdown_timeout = 1\n")
+    running.add("deaf", "ignore-acpi")
+    running.post("deaf", "start")
+    log = Path(running.paths.domain_log("deaf"))
+    running.post("deaf", "shutdown")
+    running.post("deaf", "reset")                           # it runs on a press of another life
+    running.post("deaf", "shutdown")
+    running.post("deaf", "shutdown")
+    running.eventually(lambda: "ignores ACPI" in log.read_text())
+    assert log.read_text().count("warning: Domain 'deaf' still runs 1 s after its power button was pressed: the guest ignores ACPI") == 1
+    assert "kvmappctl destroy deaf" in log.read_text()
+
+
+@pytest.mark.parametrize(("meanwhile", "told"), [(lambda domain, process: None, ["guest-ignored"]),
+                                                 (lambda domain, process: setattr(process, "since", 2.0), []),
+                                                 (lambda domain, process: setattr(domain, "process", None), [])],
+                         ids=["nothing", "reset", "end"])
+def test_only_a_guest_that_heard_and_did_nothing_ignores_acpi(tmp_path, meanwhile, told):
+    published: list[str] = []
+    supervisor: Any = SimpleNamespace(guest_defaults=lambda: SimpleNamespace(shutdown_timeout=0.01),
+                                      events=SimpleNamespace(publish=lambda event, *_, **more: published.append(event)))
+    store: Any = SimpleNamespace(files={})
+    domain, process = Domain("web", store, Paths(str(tmp_path)), lambda *_: None), SimpleNamespace(since=1.0)
+    domain.process = process                                                        # type: ignore[assignment]
+
+    async def press():
+        watch = asyncio.create_task(actions.watch_pressed(supervisor, domain, process))         # type: ignore[arg-type]
+        await asyncio.sleep(0)
+        meanwhile(domain, process)
+        domain.notify()
+        await watch
+    asyncio.run(press())
+    assert published == told
+
+
+def test_each_setting_for_all_guests_is_heeded():
+    sources = "".join(path.read_text() for path in Path(actions.__file__).parent.glob("*.py"))
+    for name, setting in schema.GUEST.top.settings.items():
+        assert is_ahead(setting.since) or re.search(rf"\b(defaults|limits|guest_defaults\(\))\.{name}\b", sources), name
 
 
 def test_shutdown_without_acpi_says_so(running):
