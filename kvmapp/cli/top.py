@@ -71,7 +71,8 @@ def top(session, given):
 
 def measure(session, before: dict[str, Usage]) -> dict[str, Usage]:
     found = session.daemon.get("/v1/stats")["domains"]
-    return {stats["name"]: Usage(stats, before.get(stats["name"])) for stats in found}
+    return {stats["name"]: Usage(stats, before.get(stats["name"])) for stats in found
+            if stats["id"] is not None}         # else it ended while it was asked
 
 
 def order(by: str):

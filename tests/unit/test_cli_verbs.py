@@ -367,6 +367,13 @@ def test_top_in_a_pipe_prints_turns(daemon, ctl):
     assert usage["cpu_percent"] == 50.0 and usage["exits_per_second"] == 1500.0
 
 
+@pytest.mark.parametrize("sort", ["cpu", "id"])
+def test_top_leaves_out_what_ends_meanwhile(daemon, ctl, sort):
+    daemon.answers["GET", "/v1/stats"] = {"domains": [stats("linuxvm01", None), stats("linuxvm02", 2)]}
+    status, out, err = ctl("top", "-n", "1", "--sort", sort)
+    assert (status, err) == (0, "") and "linuxvm02" in out and "linuxvm01" not in out
+
+
 def test_kvmappctl_is_light(daemon):
     """What list imports: none of the slow modules, and of our own only what it needs."""
     slow = ("re", "enum", "json", "socket", "http", "argparse", "asyncio", "typing", "subprocess", "select", "readline", "os")
