@@ -21,6 +21,7 @@ from kvmapp.errors import HostError
 log = logging.getLogger("kvmapp")
 PADDING = "-" * 240                     # room for the titles of domains, see zygote.Title
 READY_TIMEOUT = 30.0
+FDS_MOST = 253                          # SCM_MAX_FD: with more of them a message is an error that says nothing of the zygote
 
 
 class ZygoteDied(HostError):
@@ -69,6 +70,9 @@ class Zygote:
 
     async def spawn(self, request: dict, fds: list[int]) -> int:
         """The pid of a new domain process. Raises HostError; ZygoteDied when nobody knows."""
+        if len(fds) > FDS_MOST:
+            raise HostError(f"The domain wants {len(fds)} open files from the daemon, the kernel hands over no more than {FDS_MOST}",
+                            "give its network cards fewer queues (queues = N), or do without vhost")
         async with self.sending:
             if self.socket is None:
                 self.start()
