@@ -12,6 +12,7 @@ import os
 import threading
 
 from kvmapp import snapshot, statefile
+from kvmapp.config import DomainConfig
 from kvmapp.errors import HostError, KvmappError
 
 TYPE_CHECKING = False
@@ -31,16 +32,19 @@ class Saving:
     """One attempt. `done(error or None)` is called in the control thread when everything is written and synced, or nothing is."""
 
     def __init__(self, machine: Machine, loop: Loop, done: Callable[[KvmappError | None], None], path: str = "", fd: int = -1,
-                 paused: bool = False):
+                 paused: bool = False, config: dict | None = None):
         """Takes the machine's state at once (it is paused), so that only memory is read in the thread; `paused`: its domain is to be
-        so when it is restored. Raises KvmappError."""
+        so when it is restored; `config`: to be written in the place of the machine's. Raises KvmappError."""
         self.machine, self.loop, self.done, self.path = machine, loop, done, path
         self.written = 0                # bytes of memory, for queries
         self.given_up = False
         self.draft = statefile.Draft(path) if path else None
         self.fd = self.draft.fd if self.draft else fd
         try:
-            self.config, self.state = snapshot.describe(machine, paused)
+            if config is not None:
+                snapshot.compare(machine.config.name, machine.config, DomainConfig.from_dict(config))
+            own, self.state = snapshot.describe(machine, paused)
+            self.config = own if config is None else config
             self.thread = threading.Thread(target=self.run, name="save", daemon=True)
             try:
                 self.thread.start()

@@ -19,6 +19,7 @@ import struct
 import threading
 import zlib
 from contextlib import suppress
+from itertools import count
 
 from kvmapp.errors import HostError, StateError
 
@@ -92,6 +93,9 @@ def sync_folder(path: str) -> None:
         os.close(folder)
 
 
+NUMBERS = count()
+
+
 class Draft:
     """A temporary file beside `path`, gone again at the end unless it was published. Raises HostError.
 
@@ -102,7 +106,7 @@ class Draft:
         self.lock, self.given_up = threading.Lock(), False
         self.path = os.path.abspath(path)
         folder, name = os.path.split(self.path)
-        self.temporary = os.path.join(folder, f".{name}.{os.getpid()}.new")
+        self.temporary = os.path.join(folder, f".{name}.{os.getpid()}-{next(NUMBERS)}.new")     # two may be saved to one path at once
         if os.path.isdir(self.path):
             raise HostError(f"Cannot save to '{path}': Is a directory", "name a file")
         if os.path.exists(self.path) and not os.path.isfile(self.path):     # the rename would put a file in the place of its node

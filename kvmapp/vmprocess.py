@@ -288,18 +288,21 @@ class Domain(DeviceVerbs):
             self.end(Ending("destroyed", "destroyed", EXIT_DESTROYED))
 
     def verb_save(self, connection, request) -> None:
-        """Answers when everything is written. `paused`: how it is to come back; as it is now if that is not said. See saving.py."""
-        number, path, paused = request.get("id"), request.get("path"), request.get("paused")
+        """Answers when everything is written. `paused`: how it is to come back; as it is now if that is not said. `config`: what is
+        written as its configuration; its own if none is given. See saving.py."""
+        number, path, paused, config = request.get("id"), request.get("path"), request.get("paused"), request.get("config")
         if path is not None and not (isinstance(path, str) and path.startswith("/") and "\0" not in path):
             raise BadRequest(f"'path' is {path!r}, not an absolute path")
         if not isinstance(paused, bool | None):
             raise BadRequest(f"'paused' is {paused!r}, neither true nor false")
+        if not isinstance(config, dict | None):
+            raise BadRequest("'config' is no configuration")
 
         def answer(error: KvmappError | None) -> None:
             connection.on_close = (lambda: self.save_undone(None)) if error is None and path is None else None
             connection.answer(number, error=error)
 
-        self.save(answer, path or "", -1 if path else connection.take_fd(), paused)
+        self.save(answer, path or "", -1 if path else connection.take_fd(), paused, config)
         connection.on_close = None if path else lambda: self.save_undone(None)
 
     def verb_save_end(self, connection, _request) -> dict:
@@ -318,7 +321,8 @@ class Domain(DeviceVerbs):
         self.save_undone(None)
         return {}
 
-    def save(self, done: "Callable[[KvmappError | None], None]", path: str = "", fd: int = -1, paused: bool | None = None) -> None:
+    def save(self, done: "Callable[[KvmappError | None], None]", path: str = "", fd: int = -1, paused: bool | None = None,
+             config: dict | None = None) -> None:
         """Stops the guest and starts to write it. `done` hears of the end, before the domain ends or goes on. Raises KvmappError."""
         from kvmapp.saving import Saving  # a domain that is never saved goes without
         from kvmapp.snapshot import require_savable
@@ -334,7 +338,7 @@ class Domain(DeviceVerbs):
             self.saved_from = self.state, self.reason
             file, fd = fd, -1                           # Saving closes it, whatever becomes of it
             self.saving = Saving(self.machine, self.loop, lambda error: self.save_over(error, done, path), path, file,
-                                 not was_running if paused is None else paused)
+                                 not was_running if paused is None else paused, config)
         except BaseException:
             if fd >= 0:
                 os.close(fd)

@@ -24,12 +24,14 @@ def save(session, given):
 
 @verb("restore", "go on with a domain from the file it was saved to", argument("file", "which file", complete="file"),
       flag("running", "let it run, though it was paused when it was saved"), flag("paused", "do not let it run yet"),
+      flag("trust", "believe the configuration in the file, though it was not saved by this host's daemon"),
       exclusive=(("running", "paused"),),
       text="The file stays, and must not be written to while the domain runs: its memory is read from there when it is needed.",
       failure="Failed to restore domain from {file}")
 def restore(session, given):
     with session.wait_with(f"restoring from {given.file}"):
-        changed = session.daemon.post("/v1/restore", file=os.path.abspath(given.file), **as_asked(given))
+        changed = session.daemon.post("/v1/restore", file=os.path.abspath(given.file), **as_asked(given),
+                                      **{"trust": True} if given.trust else {})
     session.done(changed, f"Domain restored from {given.file}")
 
 

@@ -73,6 +73,11 @@ class Paths:
         """Managed saves."""
         return os.path.join(self.state, "save")
 
+    @property
+    def vouched(self) -> str:
+        """Digests of the configurations in states that this daemon had saved (vouching.py)."""
+        return os.path.join(self.state, "vouched")
+
     def managed_save(self, name: str) -> str:
         return os.path.join(self.saved, f"{name}.save")
 
@@ -101,6 +106,6 @@ class Paths:
         for folder, mode in ((self.config, 0o755), (self.domains, 0o700), (self.autostart, 0o700), (self.networks, 0o700),
                              (self.network_autostart, 0o700), (self.run, 0o755), (self.network_run, 0o755),
                              (self.network_state, 0o755), (self.records, 0o700), (os.path.join(self.run, "domains"), 0o755),
-                             (self.log, 0o755), (self.state, 0o755), (self.saved, 0o700)):
+                             (self.log, 0o755), (self.state, 0o755), (self.saved, 0o700), (self.vouched, 0o700)):
             if not os.path.isdir(folder):
                 os.makedirs(folder, mode)

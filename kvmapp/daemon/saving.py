@@ -17,6 +17,7 @@ from kvmapp.daemon.domain import Domain
 from kvmapp.daemon.images import remove_image
 from kvmapp.daemon.starting import start as start_domain
 from kvmapp.daemon.threads import begin, in_own_thread
+from kvmapp.daemon.vouching import is_vouched, vouch_for
 from kvmapp.errors import DomainRunning, HostError, KvmappError, NoResponse, StateError, UsageError
 
 TYPE_CHECKING = False
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from kvmapp.daemon.jobs import Job
+    from kvmapp.daemon.paths import Paths
     from kvmapp.daemon.supervisor import Supervisor
 
 END_TIMEOUT = 10.0                      # for the process of a saved domain to go
@@ -32,18 +34,18 @@ END_TIMEOUT = 10.0                      # for the process of a saved domain to g
 async def save(call: Call) -> dict:
     domain, path = call.domain(), absolute(call)
     with domain.jobs.hold("save", call.who) as job:
-        await write(domain, path, job, call.body)
+        await write(call.supervisor.paths, domain, path, job, call.body)
     return call.changed(domain)
 
 
 async def managed_save(call: Call) -> dict:
-    domain = call.domain()
+    domain, paths = call.domain(), call.supervisor.paths
     domain.want_active()
     if domain.stored is None:
         raise KvmappError("Requested operation is not valid: cannot do managed save for transient domain",
                           f"kvmappctl save {domain.name} FILE saves it to a file of yours")
     with domain.jobs.hold("managedsave", call.who) as job:
-        await write(domain, call.supervisor.paths.managed_save(domain.name), job, call.body)
+        await write(paths, domain, paths.managed_save(domain.name), job, call.body)
     return call.changed(domain)
 
 
@@ -56,21 +58,24 @@ async def managed_save_remove(call: Call) -> dict:
 
 async def restore(call: Call) -> dict:
     path, supervisor = absolute(call), call.supervisor
-    fd, config, was_paused = await in_own_thread(open_state, path, unwanted=close_state)
+    opened = await in_own_thread(Opened, path, unwanted=Opened.close)
+    config = opened.config
     try:
         supervisor.refresh()
         domain = supervisor.domains.get(config.name)
+        if not call.body.get("trust"):
+            require_own(supervisor, opened, domain, f"look at where it comes from; kvmappctl restore --trust {path} believes it")
         if domain is not None and domain.active:
             raise DomainRunning(f"domain '{config.name}' is already active", f"end it first: kvmappctl destroy {config.name}")
         supervisor.check_identity(config)
         domain = supervisor.domains.setdefault(config.name, domain or supervisor.make(config.name))
         try:
-            warnings = await start_domain(supervisor, domain, call.who, paused=call.body.get("paused", was_paused), config=config,
-                                          state=fd)
+            warnings = await start_domain(supervisor, domain, call.who, paused=call.body.get("paused", opened.paused), config=config,
+                                          state=opened.fd)
         finally:
             supervisor.merge()
     finally:
-        os.close(fd)
+        opened.close()
     return call.changed(domain, warnings)
 
 
@@ -80,27 +85,32 @@ async def start_or_go_on(supervisor: Supervisor, domain: Domain, who: str, *, pa
     path = supervisor.paths.managed_save(domain.name)
     if domain.active or force_boot or not os.path.exists(path):
         return await start_domain(supervisor, domain, who, paused=paused)
+    way_out = f"kvmappctl managedsave-remove {domain.name} gives it up; then start boots the domain"
     try:
-        fd, config, was_paused = await in_own_thread(open_state, path, unwanted=close_state)
+        opened = await in_own_thread(Opened, path, unwanted=Opened.close)
     except StateError as error:
-        raise StateError(error.message, f"kvmappctl managedsave-remove {domain.name} gives it up; then start boots the domain") from None
+        raise StateError(error.message, way_out) from None
     try:
-        if config.uuid != domain.want_persistent().uuid:
-            raise StateError(f"The managed save image of domain '{domain.name}' is another domain's (UUID {config.uuid})",
-                             f"kvmappctl managedsave-remove {domain.name} gives it up")
-        return await start_domain(supervisor, domain, who, paused=paused or was_paused, config=config, state=fd)
+        if opened.config.uuid != domain.want_persistent().uuid:
+            raise StateError(f"The managed save image of domain '{domain.name}' is another domain's (UUID {opened.config.uuid})", way_out)
+        require_own(supervisor, opened, domain, way_out)
+        return await start_domain(supervisor, domain, who, paused=paused or opened.paused, config=opened.config, state=opened.fd)
     finally:
-        os.close(fd)
+        opened.close()
 
 
 # Steps.
 
-async def write(domain: Domain, path: str, job: Job, body: dict) -> None:
+async def write(paths: Paths, domain: Domain, path: str, job: Job, body: dict) -> None:
     """Saves the active domain and ends it; with `paused` or without, as the body has it. Raises KvmappError; then it goes on."""
     process = domain.want_active()
     job.progress = "writing its memory"
     async with new_file(path) as draft:
-        await process.ask("save", None, fd=draft.fd, **{"paused": body["paused"]} if "paused" in body else {})
+        paused = {"paused": body["paused"]} if "paused" in body else {}
+        try:
+            await process.ask("save", None, fd=draft.fd, config=vouched(paths, domain), **paused)
+        except StateError:                              # the guest has just let go of a card, which we know by now as well
+            await process.ask("save", None, fd=draft.fd, config=vouched(paths, domain), **paused)
         job.progress = "giving the file its name"
         try:
             await in_own_thread(draft.publish)
@@ -137,6 +147,15 @@ async def put_away(draft: statefile.Draft) -> None:
         draft.close()
 
 
+def vouched(paths: Paths, domain: Domain) -> dict | None:
+    """What the file is to have as its configuration; None: an older version's domain writes its own. Raises HostError."""
+    if domain.live is None:
+        return None
+    config = domain.live.to_dict()
+    vouch_for(paths, config)
+    return config
+
+
 def absolute(call: Call) -> str:
     path = call.body.get("file", "")
     if not path.startswith("/") or "\0" in path:
@@ -144,16 +163,28 @@ def absolute(call: Call) -> str:
     return path
 
 
-def open_state(path: str) -> tuple[int, DomainConfig, bool]:
-    """An open, whole state file, the configuration in it, and whether the domain is to be paused. Raises KvmappError."""
-    fd = statefile.open_file(path)
-    try:
-        saved = statefile.read(fd, path)
-        return fd, DomainConfig.from_dict(saved.config), saved.state.get("paused") is True
-    except BaseException:
-        os.close(fd)
-        raise
+class Opened:
+    """An open, whole state file. Raises KvmappError."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.fd = statefile.open_file(path)
+        try:
+            saved = statefile.read(self.fd, path)
+            self.written = saved.config                 # as it stands there
+            self.config = DomainConfig.from_dict(saved.config)
+            self.paused = saved.state.get("paused") is True
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        os.close(self.fd)
 
 
-def close_state(opened: tuple[int, DomainConfig, bool]) -> None:
-    os.close(opened[0])
+def require_own(supervisor: Supervisor, opened: Opened, domain: Domain | None, way_out: str) -> None:
+    """Raises StateError for a configuration that nobody here has written."""
+    stored = domain.stored.config if domain is not None and domain.stored is not None else None
+    if not is_vouched(supervisor.paths, opened.written) and (stored is None or stored.to_dict() != opened.config.to_dict()):
+        raise StateError(f"The configuration in saved state '{opened.path}' is not from this host's daemon, nor that of a domain here: "
+                         "root would open the files and start the programs that it names", way_out)

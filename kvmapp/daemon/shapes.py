@@ -272,7 +272,8 @@ START = options(paused=yes_no("made, but its vCPUs do not run yet"), force_boot=
 SAVED_AS = yes_no("how it is to come back; absent: as it is now")
 SAVE = options(file=text("absolute path on the daemon's host"), paused=SAVED_AS)
 MANAGED_SAVE = options(paused=SAVED_AS)
-RESTORE = options(file=text("absolute path on the daemon's host"), paused=yes_no("its vCPUs do not run yet; absent: as it was saved"))
+RESTORE = options(file=text("absolute path on the daemon's host"), paused=yes_no("its vCPUs do not run yet; absent: as it was saved"),
+                  trust=yes_no("believe its configuration, though it was not saved by this host's daemon"))
 SHUTDOWN = options(mode=one_of("acpi"), timeout=number("wait so long for the end; null or 0: do not wait, and an event tells if "
                                                             "it does not come (guest-ignored)"))
 REBOOT = options(mode=one_of("acpi"))

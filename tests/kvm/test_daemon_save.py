@@ -47,6 +47,14 @@ def test_save_and_restore(host, daemon):
         daemon.post("/v1/restore", file=str(path))
 
 
+def test_what_was_changed_while_it_ran_comes_back_with_it(host, daemon):
+    daemon.post(of("a", "tuning"), settings={"cputune": {"emulatorpin": "0"}}, live=True, config=False)
+    daemon.post(of("a", "managedsave"))
+    daemon.post(of("a", "start"))
+    assert daemon.get(of("a", "config"))["config"]["cputune"]["emulatorpin"] == "0"
+    assert daemon.get(of("a", "config"), inactive=True)["config"]["cputune"]["emulatorpin"] is None
+
+
 def test_managed_save_is_where_the_next_start_goes_on(host, daemon):
     assert daemon.get(of("a"))["managed_save"] is False
     daemon.post(of("a", "managedsave"))

@@ -238,3 +238,15 @@ def test_a_draft_that_was_given_up_while_it_was_published_does_not_stay(tmp_path
 def test_what_cannot_be_saved_is_a_defect_of_ours():
     with pytest.raises(TypeError, match="set"):
         statefile.encode({"a": {1, 2}})
+
+
+def test_two_that_are_saved_to_one_path_at_once_are_each_whole(tmp_path):
+    path = tmp_path / "a.save"
+    with Draft(str(path)) as first, Draft(str(path)) as second:
+        for draft in (first, second):
+            os.write(draft.fd, str(draft is second).encode())
+        first.publish()
+        assert path.read_text() == "False"
+        second.publish()
+        assert path.read_text() == "True"
+    assert os.listdir(tmp_path) == ["a.save"]

@@ -1,15 +1,20 @@
 """Managed saves, as files whose guests are none: when one is void, and what is said of one that cannot be used now."""
+import asyncio
 import contextlib
 import os
 import signal
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from kvmapp import errors, statefile
 from kvmapp.config import read_domain
+from kvmapp.daemon import saving
+from kvmapp.daemon.paths import Paths
+from kvmapp.daemon.vouching import vouch_for
 from tests.unit.daemon.host import UUID
 
 NO_MEMORY = SimpleNamespace(size=0, runs=lambda granule: [], view=None)
@@ -26,10 +31,13 @@ def saved(running):
     path.unlink(missing_ok=True)
 
 
-def write(path, host):
+def write(path, host, **changes):
+    """`changes`: of the configuration in it."""
+    config = {**read_domain(str(host.file("web"))).to_dict(), **changes}
     with statefile.Draft(str(path)) as draft:
-        statefile.write(draft.fd, read_domain(str(host.file("web"))).to_dict(), {}, NO_MEMORY)
+        statefile.write(draft.fd, config, {}, NO_MEMORY)
         draft.publish()
+    return config
 
 
 def test_start_goes_on_from_it_and_takes_it_away(running, saved):
@@ -148,3 +156,49 @@ def test_one_of_a_guest_that_runs_does_not_outlive_the_daemon(host):
     host.kill()
     host.start()
     assert host.states() == {"web": "running"} and not image.exists()
+
+
+def test_a_configuration_that_nobody_here_wrote_is_not_obeyed(running, saved, tmp_path):
+    """Its domain process may have been its guest's when it wrote the file: root would open what is named there."""
+    evil = [{"index": 0, "type": "file", "path": "/etc/passwd", "log": None}]
+    write(saved, running, serials=evil)
+    with pytest.raises(errors.StateError, match="not from this host's daemon, nor that of a domain here") as caught:
+        running.post("web", "start")
+    assert "managedsave-remove" in caught.value.hint
+    assert saved.exists() and running.states() == {"web": "shut off"}
+    file = tmp_path / "web.save"
+    write(file, running, title="another")
+    with running.client() as client:
+        with pytest.raises(errors.StateError) as caught:
+            client.post("/v1/restore", file=str(file))
+        assert f"--trust {file}" in caught.value.hint
+        assert client.post("/v1/restore", file=str(file), trust=True)["domain"]["title"] == "another"
+
+
+def test_a_configuration_that_the_daemon_had_saved_is_good_after_the_domain_was_edited(running, saved):
+    vouch_for(running.paths, write(saved, running, title="as it ran"))
+    assert running.post("web", "start")["domain"]["title"] == "as it ran"
+
+
+def test_a_card_that_goes_as_the_save_begins_costs_a_second_try(tmp_path):
+    told = []
+
+    async def ask(verb, *_, config=None, **_more):
+        told.append(verb if config is None else config["title"])
+        if config == first:
+            domain.live = live("second")
+            raise errors.StateError("interface 1 was not there, is there")
+
+    def live(title):
+        return SimpleNamespace(to_dict=lambda: {"title": title})
+
+    async def gone(*_):
+        return True
+    first = {"title": "first"}
+    process = SimpleNamespace(ask=ask)
+    domain: Any = SimpleNamespace(name="web", live=live("first"), want_active=lambda: process, wait_until=gone)
+    paths = Paths(str(tmp_path))
+    paths.make_folders()
+    asyncio.run(saving.write(paths, domain, str(tmp_path / "web.save"), SimpleNamespace(progress=""), {}))   # type: ignore[arg-type]
+    assert told == ["first", "second", "save-end"]
+    assert len(os.listdir(paths.vouched)) == 2

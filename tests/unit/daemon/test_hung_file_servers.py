@@ -12,6 +12,7 @@ from kvmapp.config import DomainConfig
 from kvmapp.daemon import saving
 from kvmapp.daemon.domain import disk_views
 from kvmapp.daemon.jobs import Jobs
+from kvmapp.daemon.paths import Paths
 
 
 def test_a_query_looks_at_no_image(monkeypatch):
@@ -38,11 +39,11 @@ def test_a_save_that_is_broken_off_is_closed_beside_the_daemons_work(tmp_path, m
 
     async def story():
         jobs = Jobs("web", lambda job, begins: None)
-        domain: Any = SimpleNamespace(name="web", jobs=jobs, want_active=lambda: SimpleNamespace(ask=never))
+        domain: Any = SimpleNamespace(name="web", jobs=jobs, live=None, want_active=lambda: SimpleNamespace(ask=never))
 
         async def save():
             with jobs.hold("save", "ann") as job:
-                await saving.write(domain, str(tmp_path / "web"), job, {})
+                await saving.write(Paths(str(tmp_path / "root")), domain, str(tmp_path / "web"), job, {})
 
         task = asyncio.create_task(save())
         while not list(tmp_path.iterdir()):
