@@ -74,8 +74,8 @@ def test_autostart_leaves_a_domain_alone_that_was_defined_anew_and_started(host,
 
 
 def test_a_domain_that_was_replaced_is_not_started():
-    stale, other = SimpleNamespace(name="web"), SimpleNamespace(name="web")
-    supervisor: Any = SimpleNamespace(domains={"web": other})
+    stale: Any = SimpleNamespace(name="web")
+    supervisor: Any = SimpleNamespace(domains={"web": SimpleNamespace(name="web")})
     with pytest.raises(DomainNotFound, match="'web' was defined anew meanwhile"):
         asyncio.run(start(supervisor, stale, "autostart"))
 

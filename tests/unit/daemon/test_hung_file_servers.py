@@ -16,11 +16,16 @@ from kvmapp.daemon.paths import Paths
 
 
 def test_a_query_looks_at_no_image(monkeypatch):
-    sources, asked, stat = ["/mnt/web.img", "/dev/../mnt/other.img", "/dev/null"], [], os.stat
+    sources, asked, true_stat = ["/mnt/web.img", "/dev/../mnt/other.img", "/dev/null"], [], os.stat
+
+    def stat(path, **more):
+        asked.append(path)
+        return true_stat(path, **more)
+
     config = DomainConfig.from_dict({"name": "web", "memory": 64 << 20, "disks": [
         {"name": f"vd{letter}", "source": source} for letter, source in zip("abc", sources, strict=True)]})
     with monkeypatch.context() as patched:
-        patched.setattr(os, "stat", lambda path, **more: (asked.append(path), stat(path, **more))[1])
+        patched.setattr(os, "stat", stat)
         views = disk_views(config)
     assert [view["type"] for view in views] == ["file"] * 3 and asked == ["/dev/null"]
 
