@@ -21,8 +21,11 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             saved, golden = (Path(folder, name) for name in ("saved", "golden"))
             guest = Guest(lay_out(machine, Path(folder)), "--save", saved)
-            guest.count(3)
-            log = guest.save()
+            try:
+                guest.count(3)
+                log = guest.save()
+            finally:
+                guest.close()
             if guest.process.returncode != 6 or re.search("^fail ", log, re.MULTILINE):
                 print(log, file=sys.stderr)
                 return 1
