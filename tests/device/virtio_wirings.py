@@ -19,6 +19,7 @@ from tests.waiting import TIMEOUT
 
 PAGE = 4096
 QUEUES_MOST = 64                                         # what a driver asks for when nothing tells it to stop
+NOBODY_ANSWERS = 0xFFFF                                  # what is read from ports that no device has
 
 # (port offset, width) of the legacy interface
 LEGACY = {
@@ -84,7 +85,10 @@ class LegacyDriver(Driver):
     def queue_count(self) -> int:
         for count in range(QUEUES_MOST):
             self.put("queue_select", count)
-            if self.get("queue_size") == 0:
+            size = self.get("queue_size")
+            if size == NOBODY_ANSWERS:                  # and not so many queues of so many descriptors
+                raise KeyError("no card there")
+            if size == 0:
                 return count
         return QUEUES_MOST
 
