@@ -9,7 +9,6 @@ import errno
 import os
 import select
 import stat
-from contextlib import suppress
 
 from kvmapp.errors import HostError, KvmappError
 from kvmapp.loop import READ, WRITE, Loop
@@ -73,8 +72,10 @@ def own_output(fd: int) -> int:
     """The same terminal or pipe, opened anew so as to not wait for its reader: O_NONBLOCK would be the shell's, too."""
     kind = os.fstat(fd).st_mode
     if stat.S_ISFIFO(kind) or stat.S_ISCHR(kind):
-        with suppress(OSError):
+        try:
             return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except OSError:                 # somebody else's terminal, by su: then it is waited for
+            pass
     return fd
 
 
