@@ -54,9 +54,9 @@ def wants_again(session, error: KvmappError) -> bool:
     if error.code != "config" or not os.isatty(0):
         return False
     session.complain_of(error)
-    session.error_sink.write(QUESTION)
-    session.error_sink.flush()
     try:
+        session.error_sink.write(QUESTION)
+        session.error_sink.flush()
         return os.read(0, 100).strip().lower() in (b"y", b"yes")
     except KeyboardInterrupt:                               # a no, by who still wants to know where the text is
         session.error_sink.write("\n")
