@@ -87,9 +87,11 @@ class Cards:
         if since != network.since:
             holders = {}
             self.lent[network.name] = network.since, holders
-        there = set() if dnsmasq.ignores_client_ids() else {card.mac for _, card, _, _ in self.running()}
         leases = {str(lease["address"]): str(lease["mac"]) for lease in network.leases()}
-        holders.update({address: holder for address, holder in leases.items() if holders.get(address) not in there})
+        changed = {address: holder for address, holder in leases.items() if holders.get(address) != holder}
+        if changed:
+            there = set() if dnsmasq.ignores_client_ids() else {card.mac for _, card, _, _ in self.running()}
+            holders.update({address: holder for address, holder in changed.items() if holders.get(address) not in there})
         return {address for address, holder in holders.items() if holder == mac and (address in leases or address not in fixed)}
 
     # With domains.
