@@ -11,7 +11,6 @@ Descriptors may come with a request (SCM_RIGHTS, sent with its bytes); its verb 
 The daemon and the CLI's console are its clients. A client that leaves too much unread loses its connection; it never holds the
 domain up. Left out: who may connect is a matter of the socket file's owner and mode.
 """
-import errno
 import json
 import os
 import select
@@ -19,13 +18,12 @@ import socket
 import struct
 import traceback
 
-from kvmapp.errors import BadRequest, KvmappError
+from kvmapp.errors import NOTHING_LEFT, BadRequest, KvmappError
 from kvmapp.loop import READ, WRITE, Loop
 
 LINE_MOST = 1 << 20                 # bytes of one request
 FDS_MOST = 64                       # descriptors that may come with a request
 BACKLOG_MOST = 4 << 20              # bytes that a client may leave unread
-NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 LOOK_AGAIN = 0.5                    # seconds until a client is accepted whom the host had no descriptor for
 
 

@@ -6,6 +6,11 @@ side. Nothing else is raised on purpose towards a user: a traceback is always a 
 """
 from __future__ import annotations
 
+import errno
+
+# What accept(2) answers, for as long as it lasts, when the host or the process has no descriptor or memory left for a caller.
+NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
 BY_CODE: dict[str, type[KvmappError]] = {}
 
 

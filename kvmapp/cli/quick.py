@@ -11,7 +11,6 @@ done, and the launcher starts the whole program. Left out: more than one request
 from __future__ import annotations
 
 import ctypes
-import errno
 import gc
 import os
 import select
@@ -27,7 +26,7 @@ from kvmapp.cli import index
 from kvmapp.cli.main import main as run_words
 from kvmapp.cli.session import Session
 from kvmapp.client import READ_ONLY_SOCKET, Client, ConnectionGone
-from kvmapp.errors import KvmappError
+from kvmapp.errors import NOTHING_LEFT, KvmappError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +38,6 @@ NUMBERS = struct.Struct("<II")
 REQUEST_LIMIT = 65536
 CALLERS_MOST = 256                      # at a time: everybody may call, and each is a process; more are left to the whole program
 REQUEST_TIMEOUT = 5                     # seconds until a request must be here
-FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 DEAF = 1000                             # milliseconds without new calls when no descriptor is to be had, unless one ends before
 NOBODY = 65534
 PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, LAST_CAPABILITY = 24, 38, 63
@@ -108,7 +106,7 @@ class Quick:
         try:
             caller, _ = self.listener.accept()
         except OSError as error:
-            if error.errno in FULL:             # the call would wait and wake us for ever
+            if error.errno in NOTHING_LEFT:             # the call would wait and wake us for ever
                 self.poll.unregister(self.listener)
                 self.deaf = True
             return
