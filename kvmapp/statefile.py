@@ -16,8 +16,8 @@ import binascii
 import json
 import os
 import struct
-import threading
 import zlib
+from _thread import allocate_lock  # its public face would bring what `kvmapp run --restore` does without
 from contextlib import suppress
 from itertools import count
 
@@ -103,7 +103,7 @@ class Draft:
     """
 
     def __init__(self, path: str, mode: int = 0o600):
-        self.lock, self.given_up = threading.Lock(), False
+        self.lock, self.given_up = allocate_lock(), False
         self.path = os.path.abspath(path)
         folder, name = os.path.split(self.path)
         self.temporary = os.path.join(folder, f".{name}.{os.getpid()}-{next(NUMBERS)}.new")     # two may be saved to one path at once
