@@ -6,7 +6,7 @@
 
 A new device is built here, in one of the `_add_...` steps, and nowhere else. Control methods belong to one thread.
 """
-from kvmapp.boot.cpuid import address_bits, guest_cpuid, lacking_features, xsave_components
+from kvmapp.boot.cpuid import address_bits, guest_cpuid, require_features, xsave_components
 from kvmapp.boot.direct import DirectBoot
 from kvmapp.boot.e820 import pci_window64
 from kvmapp.boot.platform import Platform
@@ -161,13 +161,6 @@ class Machine:
         self.memory.clear()
         self.slots.assign_resources()
         return names
-
-    def flush_disks(self) -> None:
-        """A saved guest will not send again what it holds for written: that is on stable storage when this returns, whatever becomes of
-        the host. The machine is paused; may take long. Raises HostError."""
-        for disk in self.disks:
-            if not disk.read_only:
-                disk.flush()
 
     def save_state(self, moment: int = 0) -> dict:
         """Everything that the guest can see but its memory, clocks as of the moment (vmstate.pyx); the machine is paused.
@@ -344,7 +337,7 @@ class Machine:
         self.topology = Topology(config.vcpus)
         supported = kvm.supported_cpuid()
         if self.cpuids:
-            self._check_cpu(supported, kvm.has_tsc_deadline)
+            require_features(config.name, self.cpuids[0], supported, tsc_deadline=kvm.has_tsc_deadline)
         else:
             # A KVM that interprets guest code has an x2APIC that its few guests cannot use.
             self.cpuids = [guest_cpuid(supported, self.topology, index, model=config.cpu, x2apic=not kvm.interprets,
@@ -357,13 +350,6 @@ class Machine:
                             "lower the domain's memory" + ("" if config.cpu == "host" else ", or set cpu = host"))
         self.window64 = pci_window64(self.memory.ranges, bits)
         self.io = self._thread("io")
-
-    def _check_cpu(self, supported: list, tsc_deadline: bool) -> None:
-        """The guest goes on with the CPU that it knows, or not at all."""
-        lacking = lacking_features(self.cpuids[0], supported, tsc_deadline=tsc_deadline)
-        if lacking:
-            raise HostError(f"Domain '{self.config.name}' uses what this host's CPU or KVM lacks: {', '.join(lacking[:8])}",
-                            "restore it on a host like the one where it was saved; with cpu = baseline it could move to any")
 
     def _add_platform(self) -> None:
         """The chips that every PC has."""

@@ -73,7 +73,7 @@ class Saving:
     def run(self) -> None:
         error: KvmappError | None = None
         try:
-            self.machine.flush_disks()
+            snapshot.flush_disks(self.machine)
             statefile.write(self.fd, self.config, self.state, self.machine.memory, self.progress)
             if self.draft:
                 self.draft.publish()

@@ -64,8 +64,16 @@ def require_savable(config: DomainConfig) -> None:
 def write(machine: Machine, fd: int, progress: Callable[[int], None] = lambda done: None) -> int:
     """The whole machine into an open, empty file, synced; the file's size. Raises HostError."""
     config, state = describe(machine)
-    machine.flush_disks()
+    flush_disks(machine)
     return statefile.write(fd, config, state, machine.memory, progress)
+
+
+def flush_disks(machine: Machine) -> None:
+    """A saved guest will not send again what it holds for written: that is on stable storage when this returns, whatever becomes of the
+    host. The machine is paused; may take long. Raises HostError."""
+    for disk in machine.disks:
+        if not disk.read_only:
+            disk.flush()
 
 
 def restore(saved: SavedState, config: DomainConfig | None = None, files: dict[str, int] | None = None,

@@ -133,6 +133,14 @@ def lacking_features(shown: list[Entry], supported: list[Entry], *, tsc_deadline
     return lacking
 
 
+def require_features(name: str, shown: list[Entry], supported: list[Entry], *, tsc_deadline: bool) -> None:
+    """The guest of that domain goes on with the CPU that it knows, or not at all. Raises HostError."""
+    lacking = lacking_features(shown, supported, tsc_deadline=tsc_deadline)
+    if lacking:
+        raise HostError(f"Domain '{name}' uses what this host's CPU or KVM lacks: {', '.join(lacking[:8])}",
+                        "restore it on a host like the one where it was saved; with cpu = baseline it could move to any")
+
+
 def xsave_components(shown: list[Entry]) -> int:
     """The XSAVE state components (bits of XCR0; Intel SDM 1, 13.1) that a CPU with the entries `shown` may have in use."""
     leaf = next((entry for entry in shown if entry[:2] == (0xD, 0)), (0,) * 7)

@@ -15,11 +15,11 @@ from kvmapp.saving import Saving
 def test_disks_are_flushed_before_the_file_gets_its_name(tmp_path, monkeypatch, fails):
     done: list[str] = []
 
-    def flush_disks():
+    def flush():
         done.append("flushed")
         if fails:
             raise HostError("Cannot flush disk 'vda'")
-    machine: Any = SimpleNamespace(flush_disks=flush_disks, memory=None, config=None)
+    machine: Any = SimpleNamespace(disks=[SimpleNamespace(read_only=False, flush=flush)], memory=None, config=None)
     monkeypatch.setattr(snapshot, "describe", lambda *_: ({}, {}))
 
     def write(fd, *_):
