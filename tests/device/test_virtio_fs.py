@@ -18,7 +18,7 @@ from kvmapp.memory import GuestMemory
 from kvmapp.virtio.fs import VirtioFs
 from kvmapp.virtio.rng import VirtioRng
 from tests.device import vhost_user_backend as protocol
-from tests.device.profiles import fuse_request
+from tests.device.talkers import fuse_request
 from tests.device.vhost_user_backend import Backend
 from tests.device.virtio_driver import NEEDS_RESET, Guest
 from tests.waiting import until

@@ -8,7 +8,7 @@ import pytest
 from kvmapp.errors import HostError
 from kvmapp.state import StateError
 from kvmapp.virtio.vsock import VirtioVsock
-from tests.device.profiles import vsock_packet
+from tests.device.talkers import vsock_packet
 from tests.device.virtio_driver import Guest
 from tests.waiting import TIMEOUT, until
 

@@ -164,14 +164,14 @@ class Worker:
             found = self.console.expect(r"^(disk|net) (ended|failed)\n", WORK_SECONDS)
             assert found[2] == "ended", f"the guest's {found[1]} load found something wrong"
             left.discard(found[1])
-        sums = [line.split() for line in self.run("cd /root/load; md5sum *").splitlines()]
+        sums = [line.split() for line in self.run("cd /var/load; md5sum *").splitlines()]
         self.console.send("poweroff")
         assert self.console.wait(BOOT_SECONDS) == POWERED_OFF
         checked = subprocess.run(["e2fsck", "-fn", disk], stdout=subprocess.PIPE, text=True, check=False)
         assert checked.returncode == 0, checked.stdout
         assert sums
         for digest, name in sums:
-            content = subprocess.run(["debugfs", "-R", f"cat /root/load/{name}", disk], stdout=subprocess.PIPE, check=True).stdout
+            content = subprocess.run(["debugfs", "-R", f"cat /var/load/{name}", disk], stdout=subprocess.PIPE, check=True).stdout
             assert hashlib.md5(content).hexdigest() == digest, f"{name} on the disk is not what the guest wrote"
 
 
