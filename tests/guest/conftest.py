@@ -98,13 +98,17 @@ def debian_disk(lab: Path) -> Iterator[Path]:
 def nested_paging() -> Iterator[None]:
     """The lab's KVM with nested paging for this test: without (tests/lab/README.md), four vCPUs of a whole distribution may take
     minutes to boot. To be made before the guests, and so gone after them."""
-    # A killed guest's VM goes a bit later.
-    reload = "for try in $(seq 100); do modprobe -qr kvm-amd && break; sleep 0.3; done; modprobe kvm-amd "
     if NESTED_LAB.is_dir():
-        subprocess.run(reload + "npt=1", shell=True, check=True)
+        reload_kvm("npt=1")
     yield
     if NESTED_LAB.is_dir():
-        subprocess.run(reload, shell=True, check=True)
+        reload_kvm()
+
+
+def reload_kvm(parameters: str = "") -> None:
+    """Loads the nested host's kvm-amd anew. Its own machines are let go of for it; a killed guest's goes a bit later."""
+    subprocess.run("pkill -x hold-kvm; for try in $(seq 100); do modprobe -qr kvm-amd && break; sleep 0.3; done; "
+                   f"modprobe kvm-amd {parameters}; /usr/local/lib/lab/hold-kvm &", shell=True, check=True)
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import threading
 import pytest
 
 from tests.lab import cache, commandline, debian, images, initramfs, nested
-from tests.lab.errors import LabError
-from tests.lab.nested import NestedHost, Pulse, Stream
+from tests.lab.errors import LabError, NestedHostDied
+from tests.lab.nested import Heartbeats, NestedHost, Stream
 
 
 @pytest.fixture(autouse=True)
@@ -130,25 +130,59 @@ def test_the_last_words_of_a_host_that_is_gone(tmp_path):
         ending.join()
 
 
-def test_a_cpu_without_a_pulse_is_named(tmp_path, monkeypatch):
-    def beat(thread, name, spent):
-        (tmp_path / thread).mkdir(exist_ok=True)
-        (tmp_path / thread / "comm").write_text(f"{name}\n")
-        (tmp_path / thread / "schedstat").write_text(f"{spent} 7 7\n")
+def test_a_cpu_that_stands_still_is_named(monkeypatch):
+    clock = 1000.0
+    monkeypatch.setattr(nested.time, "monotonic", lambda: clock)
+    heartbeats = Heartbeats()
+    assert not heartbeats.missing()                      # none has begun
+    heartbeats.take(b"0\n1\n")
+    clock += nested.STILL_SECONDS
+    assert not heartbeats.missing()
+    heartbeats.take(b"0\n")
+    clock += 1
+    assert heartbeats.missing() == "1"
+    heartbeats.begin()
+    assert not heartbeats.missing()
+    clock += nested.STILL_SECONDS + 1
+    assert heartbeats.missing()
 
-    pulse = Pulse(os.getpid())
-    pulse.threads = tmp_path
-    monkeypatch.setattr(nested, "STILL_SECONDS", 0)
-    monkeypatch.setattr(nested, "LOOK_SECONDS", 0)
-    for spent in (1, 2, 3):
-        beat("10", "qemu-system-x86", 0)                # which may sleep as long as it likes
-        beat("11", "CPU 0/TCG", spent)
-        beat("12", "CPU 1/TCG", spent)
-        assert not pulse.missing()
-    beat("11", "CPU 0/TCG", 4)
-    assert pulse.missing() == "CPU 1/TCG"
-    monkeypatch.setattr(nested, "STILL_SECONDS", 90)
-    assert not pulse.missing()
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_command_goes_on_while_every_cpu_beats(tmp_path, monkeypatch, silent):
+    """A request on three sockets, with this test as the nested host."""
+    monkeypatch.setattr(nested, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(nested, "STILL_SECONDS", 0.5)
+    host = NestedHost(tmp_path, tmp_path)
+    theirs = {}
+    for name in nested.PORTS:
+        host.ports[name], theirs[name] = socket.socketpair()
+    outcome: list[object] = []
+
+    def ask():
+        try:
+            outcome.append(host.run(["true"], 60, (os.open(os.devnull, os.O_WRONLY),) * 2))
+        except NestedHostDied as died:
+            outcome.append(str(died))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    verb, token = theirs["control"].recv(100).split()
+    theirs["control"].sendall(b"0\n1\n")
+    if silent:                                           # CPU 1 beats no more
+        while not outcome:
+            theirs["control"].sendall(b"0\n")
+            asking.join(0.05)
+    else:
+        for name in ("out", "err"):
+            theirs[name].sendall(b"\1" + token + b" 3\n")
+    asking.join()
+    for end in (*host.ports.values(), *theirs.values()):
+        end.close()
+    assert verb == b"run"
+    if silent:
+        assert str(outcome[0]).startswith("CPU 1 of the nested host stands still")
+    else:
+        assert outcome == [3]
 
 
 def test_a_failed_step_shows_the_end_of_what_it_said():
