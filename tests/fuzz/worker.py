@@ -6,6 +6,7 @@ FOLDER/PROFILE.hex is the working corpus, an input a line; FOLDER/PROFILE.now ho
 process dead (a signal, a sanitizer, an exception, an input that takes longer than INPUT_SECONDS). `keep` reduces the corpus to the
 fewest inputs that cover as much and writes them to the tree.
 """
+import contextlib
 import ctypes
 import gc
 import mmap
@@ -173,10 +174,9 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):   # a long run in the background is ended, too, without losing its corpus
         signal.signal(number, signal.default_int_handler)
     worker = Worker(profile, Path(folder), random.Random(seed))
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         worker.fuzz(float(seconds))
-    except KeyboardInterrupt:
-        worker.renew()                               # the board is in the middle of an input
+    worker.renew()                                   # an interrupted board is in the middle of an input
     if keep:
         worker.keep()
     print(f"{worker.runs} inputs in {time.process_time():.0f} s, {worker.coverage.edges()} edges, {len(worker.inputs)} kept, seed {seed}")
