@@ -41,6 +41,7 @@ class DiskConfig(Settings):
     readonly: bool
     serial: str | None
     cache: str
+    error_policy: str
     discard: str
     io: str
     queues: int

@@ -91,6 +91,7 @@ cdef enum:                           # PowerEvent for Python
     PANIC = 5                        # the guest told that it panicked
     CRASH_KERNEL = 6                 # ... and that a crash kernel of its own goes on
     WATCHDOG = 7                     # the guest did not reload its watchdog in time
+    DISK_FULL = 8                    # the host has no room for what the guest writes to a disk
 
 
 cdef class Power:

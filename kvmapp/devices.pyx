@@ -414,13 +414,13 @@ cdef class MsiLine:
 
 class PowerEvent:
     """devices.pxd's numbers. An enum's import would cost every start of a guest some milliseconds."""
-    RUNNING, POWER_OFF, RESET, CRASH, DEBUG_EXIT, PANIC, CRASH_KERNEL, WATCHDOG = range(8)
+    RUNNING, POWER_OFF, RESET, CRASH, DEBUG_EXIT, PANIC, CRASH_KERNEL, WATCHDOG, DISK_FULL = range(9)
 
 
 cdef class Power:
     """Where the guest's wish to end arrives, from a device or a vCPU: the first wins until it is taken; `fd` is readable then.
 
-    What only tells something, after which the guest goes on, gives way: whoever wished to end would wait for it for ever.
+    What only tells something gives way: whoever wished to end would wait for it for ever.
     """
 
     def __cinit__(self):
@@ -463,6 +463,6 @@ cdef uint32_t weight(uint32_t event) noexcept nogil:
     """Which wish gives way to which."""
     if event == RUNNING:
         return 0
-    if event == CRASH_KERNEL:
+    if event == CRASH_KERNEL or event == DISK_FULL:      # a disk that is still full when the guest goes on tells so again
         return 1
     return 2 if event == WATCHDOG else 3

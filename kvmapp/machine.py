@@ -234,6 +234,10 @@ class Machine:
         taken = self.cards["balloon"].device.actual if "balloon" in self.cards else 0
         return self.memory.size - taken
 
+    def full_disks(self) -> list[str]:
+        """The disks, by name, for whose writes the host has no room; they are tried again at `resume`."""
+        return [disk.name for disk in self.config.disks if self.cards[disk.name].device.is_full]
+
     def network_cards(self) -> dict[str, "Any"]:
         """{name: device} of the network cards, 'net0' and so on."""
         return {name: self.cards[name].device for name in self.card_threads}
@@ -400,7 +404,8 @@ class Machine:
         for disk in self.config.disks:
             backend = open_disk(disk, self.files.get(f"disk:{disk.name}"))
             self.disks.append(backend)
-            device = VirtioBlk(disk.name, self.memory, backend, serial=disk.serial or "", queues=disk.queues)
+            device = VirtioBlk(disk.name, self.memory, backend, serial=disk.serial or "", queues=disk.queues,
+                               power=self.power if disk.error_policy == "enospace" else None)
             names = (f"disk {disk.name}" + (f" {number}" if number else "") for number in range(disk.threads or disk.queues))
             self._plug(device, *[self._thread(name, poll=disk.poll * 1000) for name in names])
 

@@ -245,6 +245,9 @@ DOMAIN = File(
         Setting("cache", Choice("writeback", "none", "unsafe"), "writeback",
                 help="writeback, through the host's page cache, flushed when the guest asks; none, past it (O_DIRECT); "
                      "unsafe, as writeback but the guest's flushes are ignored: for data that may be lost."),
+        Setting("error_policy", Choice("enospace", "report"), "enospace",
+                help="What happens when the host has no room for what the guest writes: enospace, the guest is paused, and goes on "
+                     "with that write when it is resumed; report, the guest gets an error, as it always does for other errors."),
         Setting("discard", Choice("unmap", "ignore"), "unmap",
                 help="Whether blocks that the guest frees are given back to the host."),
         Setting("io", Choice("auto", "io_uring", "threads"), "auto",

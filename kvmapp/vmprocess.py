@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # How a process that ran one guest ends (kvmapp run): the exit status tells how the guest ended.
 EXIT_POWER_OFF, EXIT_ERROR, EXIT_RESET, EXIT_CRASH, EXIT_DESTROYED, EXIT_SAVED = 0, 1, 3, 4, 5, 6
 
+IO_ERROR = "I/O error"                  # why it is paused, in virsh's words
+ROOM_SECONDS = 5                        # between looks for room on a full host
 TRIPLE_FAULT = 8                        # KVM_EXIT_SHUTDOWN, the code of a reset that the run loop asks for
 TUNABLE = {"cputune", "vcpu_pins", "memtune"}        # what `tune` may change
 RESET_CAUSES = {TRIPLE_FAULT: "the guest reset by a triple fault"}
@@ -115,7 +117,7 @@ class Domain(DeviceVerbs):
 
     def change(self, state: str, reason: str) -> None:
         self.state, self.reason = state, reason
-        self.publish({"type": "lifecycle", "state": state, "reason": reason})
+        self.publish({"type": "lifecycle", "state": state, "reason": reason, "full_disks": self.machine.full_disks()})
 
     def publish(self, event: dict) -> None:
         """Tells every client that listens."""
@@ -154,6 +156,8 @@ class Domain(DeviceVerbs):
             self.act(self.config.on_crash, Ending("crashed", "the guest panicked", EXIT_CRASH))
         elif event == PowerEvent.WATCHDOG:
             self.watchdog_expired(self.config.watchdog.action)
+        elif event == PowerEvent.DISK_FULL and self.machine.full_disks():
+            self.disk_full(self.machine.full_disks())
         else:
             if event == PowerEvent.CRASH_KERNEL:
                 self.log("the guest panicked: its crash kernel goes on")
@@ -175,6 +179,23 @@ class Domain(DeviceVerbs):
             if action == "shutdown":
                 self.machine.press_power_button()
             self.go_on()
+
+    def disk_full(self, disks: list[str]) -> None:
+        """The machine is paused, and what it could not write waits in it. Who resumes it has made room; where nobody can, it tries again
+        by itself."""
+        alone = self.server is None
+        self.log(f"the host has no room for what the guest writes to {', '.join(disks)}: paused; make room"
+                 + ("" if alone else f", then kvmappctl resume {self.config.name}"))
+        for disk in disks:
+            self.publish({"type": "io-error", "device": disk})
+        self.change("paused", IO_ERROR)
+        if alone:
+            self.loop.later(ROOM_SECONDS, self.try_again)
+
+    def try_again(self) -> None:
+        if (self.state, self.reason) == ("paused", IO_ERROR):
+            self.machine.resume()
+            self.change("running", "unpaused")
 
     def go_on(self) -> None:
         """After a pause to hear what the guest tells; a wish may also have been voided, by a reset, before it was heard."""
@@ -217,7 +238,7 @@ class Domain(DeviceVerbs):
     @property
     def preserved(self) -> bool:
         """Whether it is there for a look only, as on_poweroff and on_reboot = preserve leave it."""
-        return self.state == "paused" and self.reason not in ("user", "watchdog")
+        return self.state == "paused" and self.reason not in ("user", "watchdog", IO_ERROR)
 
     def require_alive(self) -> None:
         if self.preserved:
@@ -233,6 +254,7 @@ class Domain(DeviceVerbs):
         return {"name": config.name, "uuid": config.uuid, "pid": os.getpid(), "state": self.state, "reason": self.reason,
                 "started": self.started, "vcpus": config.vcpus, "memory": config.memory, "balloon": self.machine.balloon_size(),
                 "acpi": config.acpi, "devices": self.machine.inventory(), "consoles": list(self.ports),
+                "full_disks": self.machine.full_disks(),
                 "saved": self.saving.written if self.saving else None, "warnings": self.warnings,
                 "ttys": {name: port.sink.path for name, port in self.ports.items()}}
 

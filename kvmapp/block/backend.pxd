@@ -97,6 +97,7 @@ cdef class BlockChannel:
     cdef BlockCounters counters[BLOCK_OPERATIONS]
 
     cdef void submit(self, BlockRequest* request) noexcept nogil
+    cdef void resubmit(self, BlockRequest* request) noexcept nogil
     cdef void commit(self) noexcept nogil
     cdef void accept(self, BlockRequest* request) noexcept nogil
     cdef void start(self) noexcept nogil

@@ -110,10 +110,14 @@ cdef class BlockChannel:
     cdef void submit(self, BlockRequest* request) noexcept nogil:
         """Takes the request over. A bad one comes back through `completed` like any other: ERANGE when it does not lie on the
         disk in whole sectors, EROFS, EINVAL for an unknown operation, ESHUTDOWN after `close`."""
+        request.moved = 0
+        self.resubmit(request)
+
+    cdef void resubmit(self, BlockRequest* request) noexcept nogil:
+        """As `submit`, for what is left of a request that came back with an error."""
         cdef uint64_t size = self.disk.size
         self.in_flight += 1
         request.result = 0
-        request.moved = 0
         request.began = block_now()
         if self.closed:
             self.finish(request, -ESHUTDOWN)

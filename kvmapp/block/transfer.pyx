@@ -41,8 +41,8 @@ cdef int perform(HostFile* file, BlockRequest* request) noexcept nogil:
         result = write_all(file, request)
     else:
         result = write_zeroes(file, request)
-    if result == 0 and needs_sync(file, request):
-        result = flush(file)
+    if result == 0 and needs_sync(file, request) and flush(file) < 0:
+        result = -EIO                # whatever it was: to write this anew would not bring back what a failed flush lost
     return result
 
 
@@ -53,9 +53,9 @@ cdef bint try_at_once(HostFile* file, BlockRequest* request) noexcept nogil:
     if file.alignment > 1 or file.lacks & lack or needs_sync(file, request) or request.vector_count > VECTOR_MOST:
         return False
     if request.operation == BLOCK_READ:
-        count = preadv2(file.fd, request.vector, request.vector_count, request.offset, RWF_NOWAIT)
+        count = preadv2(file.fd, request.vector, request.vector_count, request.offset + request.moved, RWF_NOWAIT)
     elif request.operation == BLOCK_WRITE:
-        count = pwritev2(file.fd, request.vector, request.vector_count, request.offset, RWF_NOWAIT)
+        count = pwritev2(file.fd, request.vector, request.vector_count, request.offset + request.moved, RWF_NOWAIT)
     else:
         return False
     if count > 0:
@@ -244,6 +244,7 @@ cdef int detour(HostFile* file, BlockRequest* request) noexcept nogil:
             result = rewrite(file, request, buffer, position, take)
             pthread_mutex_unlock(&file.rewriting)
         if result == 0 and request.operation != BLOCK_READ:
+            advance(request, take)
             note_write(file, request)
     free(buffer)
     return result
@@ -316,18 +317,14 @@ cdef int copy_out(BlockRequest* request, const uint8_t* data, uint64_t length) n
 
 
 cdef void copy_in(BlockRequest* request, uint8_t* data, uint64_t length) noexcept nogil:
-    """`data` becomes the next `length` bytes of the request's memory; zeroes for WRITE_ZEROES."""
+    """`data` becomes the next `length` bytes of the request's memory, which are not done yet; zeroes for WRITE_ZEROES."""
     cdef uint64_t take
+    cdef uint32_t i
     if request.operation == BLOCK_WRITE_ZEROES:
         memset(data, 0, length)
-        request.moved += length
         return
-    while length and request.vector_count:
-        take = min(length, request.vector.iov_len)
-        memcpy(data, request.vector.iov_base, take)
+    for i in range(request.vector_count):
+        take = min(length, request.vector[i].iov_len)
+        memcpy(data, request.vector[i].iov_base, take)
         data += take
         length -= take
-        advance(request, take)
-        if take == 0:
-            request.vector += 1
-            request.vector_count -= 1

@@ -3,8 +3,9 @@
 
 The ring is for the straight way. What it does only in part or refuses goes to FileChannel, where the whole of each request's meaning
 lives. So do writes to the page cache, discards and zeroes: most file systems would have the ring give them to a thread of the
-kernel's, which costs more than one of ours.
+kernel's, which costs more than one of ours; and of a write that is synchronous as well the ring would not tell which half failed.
 """
+from libc.stdint cimport uint64_t
 from libc.string cimport memset
 
 from kvmapp.abi.blockdev cimport RWF_DSYNC
@@ -16,9 +17,9 @@ from kvmapp.abi.io_uring cimport (IORING_FSYNC_DATASYNC, IORING_OP_FSYNC, IORING
                                   io_uring_prep_read, io_uring_prep_readv, io_uring_prep_write, io_uring_prep_writev, io_uring_probe,
                                   io_uring_queue_exit, io_uring_queue_init_params, io_uring_register_files, io_uring_sq_ready,
                                   io_uring_sqe, io_uring_sqe_set_data, io_uring_submit)
-from kvmapp.abi.posix cimport (EAGAIN, ECANCELED, EINTR, EINVAL, EIO, ENOSYS, EOPNOTSUPP, POLLIN, nanosleep, poll, pollfd, timespec)
+from kvmapp.abi.posix cimport (EAGAIN, ECANCELED, EINTR, EINVAL, ENOSYS, EOPNOTSUPP, POLLIN, nanosleep, poll, pollfd, timespec)
 from kvmapp.block.backend cimport BLOCK_FLUSH, BLOCK_READ, BLOCK_WRITE, BlockBackend
-from kvmapp.block.transfer cimport HostFile, advance, is_copy, is_misaligned, needs_sync, note_flush, note_write
+from kvmapp.block.transfer cimport HostFile, advance, is_misaligned, needs_sync, note_flush, note_write
 
 import os
 
@@ -85,8 +86,9 @@ cdef class UringChannel(FileChannel):
 
     cdef bint place(self, BlockRequest* request) noexcept nogil:
         cdef io_uring_sqe* sqe
+        cdef uint64_t position = request.offset + request.moved
         if (request.operation > BLOCK_FLUSH or request.length > LENGTH_MOST or request.vector_count > VECTOR_MOST
-                or is_misaligned(self.file, request) or is_copy(self.file, request)
+                or is_misaligned(self.file, request) or request.operation == BLOCK_WRITE and self.file.alignment == 1
                 or request.operation == BLOCK_FLUSH and (self.file.ignore_flush or self.file.flush_error)):
             return FileChannel.place(self, request)
         if self.in_ring == self.room:
@@ -100,13 +102,13 @@ cdef class UringChannel(FileChannel):
         if request.operation == BLOCK_FLUSH:
             io_uring_prep_fsync(sqe, 0, IORING_FSYNC_DATASYNC)
         elif request.operation == BLOCK_READ and request.vector_count == 1:
-            io_uring_prep_read(sqe, 0, request.vector.iov_base, request.vector.iov_len, request.offset)
+            io_uring_prep_read(sqe, 0, request.vector.iov_base, request.vector.iov_len, position)
         elif request.operation == BLOCK_READ:
-            io_uring_prep_readv(sqe, 0, request.vector, request.vector_count, request.offset)
+            io_uring_prep_readv(sqe, 0, request.vector, request.vector_count, position)
         elif request.vector_count == 1:
-            io_uring_prep_write(sqe, 0, request.vector.iov_base, request.vector.iov_len, request.offset)
+            io_uring_prep_write(sqe, 0, request.vector.iov_base, request.vector.iov_len, position)
         else:
-            io_uring_prep_writev(sqe, 0, request.vector, request.vector_count, request.offset)
+            io_uring_prep_writev(sqe, 0, request.vector, request.vector_count, position)
         if needs_sync(self.file, request):
             sqe.rw_flags = RWF_DSYNC
         sqe.flags |= IOSQE_FIXED_FILE
@@ -155,10 +157,8 @@ cdef class UringChannel(FileChannel):
             advance(request, result)
             if request.operation == BLOCK_WRITE:
                 note_write(self.file, request)
-        if result == -EIO and needs_sync(self.file, request):
-            note_flush(self.file, result)            # the kernel may have told of another request's write, and will not do so again
         if request.moved == request.length:
-            self.finish(request, self.file.flush_error if needs_sync(self.file, request) else 0)
+            self.finish(request, 0)
         elif (result >= 0 or result == -EINTR or result == -EAGAIN or result == -ECANCELED or result == -EOPNOTSUPP
               or result == -EINVAL):
             self.give_workers(request)

@@ -6,7 +6,7 @@ from kvmapp.client import of
 from kvmapp.errors import NoResponse, UsageError
 
 KINDS = ("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-broken", "daemon", "network", "device-removed",
-         "watchdog", "guest-ignored")
+         "io-error", "watchdog", "guest-ignored")
 
 
 @verb("event", "show what happens to domains, as it happens",

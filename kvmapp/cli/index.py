@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     }),
     "monitor": ("Domain Monitoring", {
         "listing": ("list",),
-        "monitor": ("domblklist", "domiflist", "dominfo", "domjobinfo", "domlog", "domstate"),
+        "monitor": ("domblkerror", "domblklist", "domiflist", "dominfo", "domjobinfo", "domlog", "domstate"),
         "stats": ("dommemstat", "domstats"),
         "top": ("top",),
         "addresses": ("domifaddr", "domifstat"),

@@ -221,16 +221,18 @@ class Domain:
             "os_type": "hvm", "cpu_time_ns": sum(times) if times else None,
             "resident": resident_of(pid) if pid else None, "log": self.paths.domain_log(self.name),
             "control": self.paths.control(self.name) if record else None,
-            "disks": disk_views(config) if config else [],
+            "disks": disk_views(config, self.process.status if self.process else {}) if config else [],
             "interfaces": interface_views(config, record.taps if record else {}) if config else [],
             "consoles": console_views(config, self.process.status if self.process else {}) if config else [],
             "acpi": config.acpi if config else None, "balloon": config.balloon is not None if config else None,
             "ending": self.ending, "runtime": record.version if record else None}
 
 
-def disk_views(config: DomainConfig) -> list[dict]:
+def disk_views(config: DomainConfig, status: dict) -> list[dict]:
+    full = status.get("full_disks")
     return [{"name": disk.name, "source": disk.source, "format": disk.format, "bus": disk.bus, "readonly": disk.readonly,
-             "type": "block" if is_block(disk.source) else "file"} for disk in config.disks]
+             "type": "block" if is_block(disk.source) else "file",
+             "error": "no space" if isinstance(full, list) and disk.name in full else None} for disk in config.disks]
 
 
 def is_block(path: str) -> bool:

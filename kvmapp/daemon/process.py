@@ -31,7 +31,8 @@ LAST_BREATH = 0.5                       # between the end of a process's sockets
 # What a domain process calls its state, and what virsh does.
 STATES = {"starting": "paused", "running": "running", "paused": "paused", "saving": "paused", "shutting down": "in shutdown",
           "in shutdown": "in shutdown", "crashed": "crashed", "shut off": "in shutdown"}
-TOLD = {"device-removed": "device", "watchdog": "action"}      # what else a domain process tells, and which word of it counts
+# What else a domain process tells, and which word of it counts.
+TOLD = {"device-removed": "device", "io-error": "device", "watchdog": "action"}
 
 
 class ControlLink(asyncio.Protocol):
@@ -235,7 +236,7 @@ class DomainProcess:
     def hear(self, event: dict) -> None:
         kind = event.get("type")
         if kind in (None, "lifecycle"):
-            self.take_status({**self.status, **{key: event[key] for key in ("state", "reason") if key in event}}, told=True)
+            self.take_status({**self.status, **{key: event[key] for key in ("state", "reason", "full_disks") if key in event}}, told=True)
         elif kind in TOLD and isinstance(detail := event.get(TOLD[kind]), str) and is_label(detail):
             self.told(kind, detail)
 

@@ -83,7 +83,8 @@ DOMAIN = record(
     outdated=yes_no("whether it runs under another version of kvmapp than the daemon's"),
     warnings=list_of(text()))
 
-DISK = record(name=text("vda"), source=text(), format=text(), bus=text(), readonly=yes_no(), type=one_of("file", "block"))
+DISK = record(name=text("vda"), source=text(), format=text(), bus=text(), readonly=yes_no(), type=one_of("file", "block"),
+              error=maybe(text("no space: the guest is paused, for the host has no room for what it writes there")))
 
 INTERFACE = record(index=whole(), type=text("bridge, network, user or tap"), source=maybe(text()), model=text(), mac=text(),
                    target=maybe(text("the tap: while it runs, vnetN")))
@@ -174,7 +175,7 @@ ALL_STATS = record(domains=list_of(ref("Stats")))
 WAITED = record(domain=ref("Domain"), reached=yes_no("false: the time ran out"))
 
 EVENT = {**record(time=number(), event=one_of("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-broken",
-                                              "daemon", "network", "device-removed", "watchdog", "guest-ignored", "lost"),
+                                              "daemon", "network", "device-removed", "io-error", "watchdog", "guest-ignored", "lost"),
                   domain=maybe(text()), uuid=maybe(text()), id=maybe(whole()),
                   type=maybe(text("lifecycle: Defined, Undefined, Started, Suspended, Resumed, Stopped, Shutdown, Crashed")),
                   detail=maybe(text("Added, Updated, Renamed, Removed, Booted, Paused, Unpaused, Shutdown, Destroyed, ..."))),

@@ -4,15 +4,16 @@ A request's data goes between guest memory and the host without a copy: its desc
 writes. Each queue has a channel of its own into the disk and works in the I/O thread that it was given; a kick takes all requests
 that wait, starts them as one batch, and what is done comes back as one batch with at most one interrupt.
 
-Reset, pause and a queue's reset wait until the host has let go of all guest memory. Left out: secure erase, lifetime, zones,
-SCSI commands, several segments in one discard.
+Reset, pause and a queue's reset wait until the host has let go of all guest memory. A write for which the host has no room stays with
+the queue, the machine is asked to pause (Power, DISK_FULL), and what is left of it is tried again when it goes on. Left out: secure
+erase, lifetime, zones, SCSI commands, several segments in one discard.
 """
 from cpython.object cimport PyObject
 from libc.stdint cimport UINT64_MAX, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from kvmapp.abi.posix cimport (ERANGE, EROFS, atomic_load_u32, atomic_store_u32, iovec, pthread_cond_broadcast,
+from kvmapp.abi.posix cimport (EDQUOT, ENOSPC, ERANGE, EROFS, atomic_load_u32, atomic_store_u32, iovec, pthread_cond_broadcast,
                                pthread_cond_destroy, pthread_cond_init, pthread_cond_wait, pthread_mutex_lock,
                                pthread_mutex_unlock)
 from kvmapp.abi.virtio cimport VIRTIO_ID_BLOCK
@@ -24,10 +25,12 @@ from kvmapp.abi.virtio_blk cimport (VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_W
                                     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, virtio_blk_config,
                                     virtio_blk_discard_write_zeroes, virtio_blk_outhdr)
 from kvmapp.block.backend cimport (BLOCK_DISCARD, BLOCK_FLUSH, BLOCK_FUA, BLOCK_MAY_UNMAP, BLOCK_OPERATIONS, BLOCK_READ,
-                                   BLOCK_SECTOR, BLOCK_WRITE, BLOCK_WRITE_ZEROES, BlockBackend)
+                                   BLOCK_SECTOR, BLOCK_WRITE, BLOCK_WRITE_ZEROES, BlockBackend, block_pop, block_push)
+from kvmapp.devices cimport DISK_FULL, Power
 from kvmapp.memory cimport GuestMemory
 from kvmapp.virtio.virtqueue cimport Virtqueue, chain_cut_last, chain_put, chain_take
 
+from kvmapp.errors import HostError
 from kvmapp.state import StateError
 
 cdef enum:
@@ -79,8 +82,17 @@ cdef class BlkQueue(BlockClient):
     cdef void work(self) noexcept nogil:
         """A kick, with the queue's lock held."""
         cdef BlkSlot* slot
+        cdef BlockRequest* request
+        if atomic_load_u32(&self.stuck):
+            return
         self.working = True
         self.starved = False
+        while True:
+            request = block_pop(&self.stranded)
+            if request == NULL:
+                break
+            self.under_way += 1
+            self.channel.resubmit(request)
         while True:
             slot = <BlkSlot*>self.free
             if slot == NULL:
@@ -98,6 +110,7 @@ cdef class BlkQueue(BlockClient):
     cdef void completed(self, BlockRequest* requests) noexcept nogil:
         cdef BlkSlot* slot
         cdef bint locks = not self.working
+        cdef bint full = False
         if locks:
             pthread_mutex_lock(&self.queue.lock)
         while requests != NULL:
@@ -105,9 +118,17 @@ cdef class BlkQueue(BlockClient):
             requests = slot.request.next
             if slot.request.result == 0:
                 self.answer(slot, VIRTIO_BLK_S_OK, slot.room if slot.request.operation == BLOCK_READ else 0)
+                continue
+            self.device.say_failed(&slot.request)
+            if self.device.waits_for_room(&slot.request):
+                full = True
+                self.under_way -= 1
+                block_push(&self.stranded, &slot.request)
             else:
-                self.device.say_failed(&slot.request)
                 self.answer(slot, VIRTIO_BLK_S_IOERR, 0)
+        if full:
+            atomic_store_u32(&self.stuck, True)
+            self.device.power.request(DISK_FULL, 0)
         if locks:
             self.end_round()
             pthread_mutex_unlock(&self.queue.lock)
@@ -216,6 +237,23 @@ cdef class BlkQueue(BlockClient):
         self.free = &slot.request
         self.under_way -= 1
 
+    cdef void forget(self) noexcept nogil:
+        """The queue is being reset: nobody waits for its requests any more."""
+        cdef BlockRequest* request
+        pthread_mutex_lock(&self.queue.lock)
+        while True:
+            request = block_pop(&self.stranded)
+            if request == NULL:
+                break
+            self.under_way += 1
+            self.rest(<BlkSlot*>request)
+        atomic_store_u32(&self.stuck, False)
+        pthread_mutex_unlock(&self.queue.lock)
+
+    cdef void try_again(self) noexcept nogil:
+        """The next kick begins with what had no room."""
+        atomic_store_u32(&self.stuck, False)
+
     cdef void end_round(self) noexcept nogil:
         """Shows the driver what was answered, with the queue's lock held."""
         self.device.notify_used(self.queue)
@@ -226,15 +264,17 @@ cdef class BlkQueue(BlockClient):
 
 
 cdef class VirtioBlk(VirtioDevice):
-    """`disk` belongs to the device from now on. `serial`: up to 20 characters that the guest can ask for."""
+    """`disk` belongs to the device from now on. `serial`: up to 20 characters that the guest can ask for. `power`, if given, is asked
+    to pause the machine when the host has no room for what the guest writes; else the guest gets an error."""
 
     def __cinit__(self, str name not None, GuestMemory memory not None, BlockBackend disk not None, *, str serial not None="",
-                  uint32_t queues=1):
+                  uint32_t queues=1, Power power=None):
         cdef bytes text = serial.encode("ascii")
         if len(text) > VIRTIO_BLK_ID_BYTES:
             raise ValueError(f"{name}: a serial number has at most {VIRTIO_BLK_ID_BYTES} characters, not {serial!r}")
         memcpy(self.serial, <const char*>text, len(text))
         self.disk = disk
+        self.power = power
         self.device_id = VIRTIO_ID_BLOCK
         self.ways = []
         for i in range(queues):
@@ -284,6 +324,18 @@ cdef class VirtioBlk(VirtioDevice):
             self.ways[i].open_channel(thread)
         VirtioDevice.run_on(self, thread, queues)
 
+    def resume(self):
+        cdef BlkQueue way
+        for way in self.ways:
+            way.try_again()
+        VirtioDevice.resume(self)
+
+    @property
+    def is_full(self):
+        """Whether writes wait until the host has room for them."""
+        cdef BlkQueue way
+        return any([atomic_load_u32(&way.stuck) for way in self.ways])
+
     def resize(self, uint64_t size):
         """Makes the disk `size` bytes, or takes over the size that a block device has by now, and tells the guest."""
         self.disk.resize(size)
@@ -302,6 +354,9 @@ cdef class VirtioBlk(VirtioDevice):
         return self.disk.counters()
 
     def save_device(self):
+        if self.is_full:
+            raise HostError(f"Cannot save the guest now: the host has no room for what it has written to disk '{self.name}'",
+                            "make room, and let the guest go on: kvmappctl resume")
         return {"version": 1, "capacity": self.blk.capacity, "writeback": bool(self.blk.writeback)}
 
     def check_device(self, reader):
@@ -323,6 +378,9 @@ cdef class VirtioBlk(VirtioDevice):
     cdef void drain(self, Virtqueue queue) noexcept nogil:
         (<BlkQueue>self.way_table[queue.index]).await_idle()
 
+    cdef void forget(self, Virtqueue queue) noexcept nogil:
+        (<BlkQueue>self.way_table[queue.index]).forget()
+
     cdef void activate(self) noexcept nogil:
         """Who can neither flush nor switch the cache gets a disk without one (5.2.5.2)."""
         cdef bint writeback = self.has(VIRTIO_BLK_F_FLUSH)
@@ -339,6 +397,11 @@ cdef class VirtioBlk(VirtioDevice):
             return
         self.blk.writeback = value & 1
         atomic_store_u32(&self.write_through, not self.blk.writeback)
+
+    cdef bint waits_for_room(self, BlockRequest* request) noexcept nogil:
+        """Not so a flush: what it has lost is lost, and the guest shall know."""
+        return (self.power is not None and (request.result == -ENOSPC or request.result == -EDQUOT)
+                and request.operation != BLOCK_FLUSH)
 
     cdef void say_failed(self, BlockRequest* request) noexcept nogil:
         if request.result == -ERANGE:

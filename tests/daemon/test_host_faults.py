@@ -1,9 +1,7 @@
 """The host beneath the daemon: files half written or odd, disks full, a clock that jumps, logs that grow."""
 import asyncio
-import contextlib
 import errno
 import os
-import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ import pytest
 from kvmapp import errors
 from kvmapp.client import of
 from kvmapp.daemon.networks import Networks
+from tests.smalldisk import fill, small_disk
 from tests.unit.daemon.host import GUEST, IS_ROOT, UUID
 
 root_only = pytest.mark.skipif(not IS_ROOT, reason="needs root")
@@ -93,22 +92,6 @@ def test_a_network_that_cannot_be_put_back_holds_up_no_other():
     networks: Any = SimpleNamespace(members=lambda name: name)
     asyncio.run(Networks.put_back(networks, [bad, good], rules=False))      # type: ignore[list-item]
     assert seen == ["good"] and "No space left on device" in bad.warnings[0]
-
-
-@contextlib.contextmanager
-def small_disk(folder):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], check=False).returncode:
-        pytest.skip("this host lets nobody mount")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
-def fill(path):
-    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
-        while True:
-            file.write(b"\0" * 4096)
 
 
 def test_log_is_set_aside_by_size_while_the_domain_runs(host):

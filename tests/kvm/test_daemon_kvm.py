@@ -9,6 +9,7 @@ import pytest
 from kvmapp import errors
 from kvmapp.block.opening import open_image
 from tests.kvm.host import needs_root
+from tests.smalldisk import fill, make_room, small_disk, sparse
 
 pytestmark = [pytest.mark.kvm, needs_root]
 
@@ -127,6 +128,33 @@ def test_disk_is_locked_while_its_domain_runs_and_free_afterwards(host):
     host.post("b", "start")
     assert host.domain("b")["disks"][0]["source"] == str(image)
     assert host.get("b", "stats")["disks"][0]["name"] == "vda"
+
+
+def test_full_host_pauses_the_guest_until_there_is_room(host):
+    folder = Path(host.root, "small")
+    folder.mkdir()
+    with small_disk(folder):
+        image = sparse(folder / "disk.img", 1 << 20)
+        fill(folder / "filler")
+        host.guest("a", "steps=virtio-blk end=poweroff", rest=f"[disk vda]\nsource = {image}\n")
+        host.start()
+        host.post("a", "start")
+        log = Path(host.paths.domain_log("a"))
+        says = "the host has no room for what the guest writes to vda: paused; make room, then kvmappctl resume a\n"
+        for times in (1, 2, 3):
+            host.eventually(lambda times=times: log.read_text().count(says) == times)
+            host.eventually(lambda: host.domain("a")["state"] == "paused")
+            assert host.domain("a")["reason"] == "I/O error" and host.domain("a")["disks"][0]["error"] == "no space"
+            with pytest.raises(errors.HostError, match="no room for what it has written to disk 'vda'") as caught:
+                host.post("a", "save", file=f"{host.root}/a.save")
+            assert caught.value.hint == "make room, and let the guest go on: kvmappctl resume"
+            assert not os.path.exists(f"{host.root}/a.save")
+            if times == 3:
+                make_room(folder)
+            host.post("a", "resume")
+        host.eventually(lambda: host.domain("a")["state"] == "shut off")
+        assert host.domain("a")["disks"][0]["error"] is None
+        assert "ok virtio-blk" in host.printed("a")
 
 
 def test_twenty_guests_started_at_once_and_their_cost(host):

@@ -15,6 +15,8 @@ import pytest
 
 from kvmapp.core import Kvm
 from kvmapp.probe import IMAGE
+from tests.kvm.host import needs_root
+from tests.smalldisk import fill, make_room, small_disk, sparse
 from tests.unit.boot_images import MIB, elf, pvh_note
 from tests.waiting import until
 
@@ -29,6 +31,23 @@ pytestmark = pytest.mark.kvm
 def run(*words, timeout=60):
     return subprocess.run([*RUN, *map(str, words)], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                           timeout=timeout)
+
+
+@needs_root
+def test_a_guest_on_a_full_host_waits_for_room(tmp_path):
+    with small_disk(tmp_path):
+        image = sparse(tmp_path / "disk.img", 1 << 20)
+        fill(tmp_path / "filler")
+        words = [*RUN, "--kernel", str(IMAGE), "--memory", "32", "--append", "steps=virtio-blk end=poweroff", "--disk", str(image)]
+        with subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True) as guest:
+            assert guest.stderr
+            said = ""
+            while "the host has no room for what the guest writes to vda: paused; make room\n" not in said:
+                said += guest.stderr.readline()
+            make_room(tmp_path)
+            printed, _ = guest.communicate(timeout=60)
+        assert guest.returncode == 0 and "ok virtio-blk" in printed
 
 
 @pytest.mark.parametrize(("words", "error"), [

@@ -34,7 +34,7 @@ def domain(name: str, id: int | None = None, **more) -> dict:
         "os_type": "hvm", "managed_save": False, "cpu_time_ns": 251_700_000_000 if running else None, "resident": None,
         "log": f"/var/log/kvmapp/{name}.log", "control": f"/run/kvmapp/domains/{name}/control.sock" if running else None,
         "disks": [{"name": "vda", "source": f"/data/x{number}.img", "format": "raw", "bus": "virtio", "readonly": False,
-                   "type": "file"}],
+                   "type": "file", "error": None}],
         "interfaces": [{"index": 0, "type": "bridge", "source": "br0", "model": "virtio", "mac": f"aa:bb:cc:dd:ee:0{number}",
                         "target": "vnet0" if running else None}],
         "consoles": [{"name": "serial0", "type": "pty", "path": None, "tty": "/dev/pts/7" if running else None}],

@@ -16,13 +16,16 @@ class Machine:
     debug_console = None
 
     def __init__(self):
-        self.power, self.did, self.lets_go, self.ejected = Power(), [], [], []
+        self.power, self.did, self.lets_go, self.ejected, self.full = Power(), [], [], [], []
 
     def __getattr__(self, name):
         return lambda *_: self.did.append(name)
 
     def crash_report(self):
         return []
+
+    def full_disks(self):
+        return self.full
 
     def take_ejected(self):
         return self.ejected
@@ -129,6 +132,31 @@ def test_a_machine_without_pci_has_no_watchdog(tmp_path):
 def test_a_reset_by_the_watchdog_heeds_on_reboot(tmp_path):
     made = tell(domain("on_reboot = destroy\n[watchdog]\n", tmp_path), PowerEvent.WATCHDOG)
     assert made.ending.exit == EXIT_RESET
+
+
+def test_a_full_host_pauses_the_guest_and_it_may_be_resumed(tmp_path):
+    made = domain("[disk vda]\nsource = /x\n", tmp_path)
+    made.machine.full, made.server = ["vda"], object()
+    tell(made, PowerEvent.DISK_FULL)
+    assert (made.state, made.reason) == ("paused", "I/O error") and made.machine.did == ["pause"]
+    assert made.lines == ["the host has no room for what the guest writes to vda: paused; make room, then kvmappctl resume x"]
+    assert [event["type"] for event in made.published] == ["io-error", "lifecycle"]
+    made.verb_resume(None, None)
+    assert made.state == "running" and made.machine.did[-1] == "resume"
+
+
+def test_a_disk_that_was_reset_meanwhile_is_full_no_more(tmp_path):
+    made = tell(domain("[disk vda]\nsource = /x\n", tmp_path), PowerEvent.DISK_FULL)
+    assert made.state == "running" and made.machine.did == ["pause", "resume"]
+
+
+@pytest.mark.parametrize("other", [PowerEvent.WATCHDOG, PowerEvent.POWER_OFF])
+def test_a_full_disk_covers_up_nothing(other):
+    power = Power()
+    power.ask(PowerEvent.DISK_FULL)
+    power.ask(other)
+    power.ask(PowerEvent.DISK_FULL)
+    assert power.take()[0] == other
 
 
 @pytest.mark.parametrize(("section", "event"), [("[panic]", PowerEvent.CRASH_KERNEL), ("[watchdog]\naction = none", PowerEvent.WATCHDOG)])

@@ -15,11 +15,11 @@ UNTOUCHED = 0xEE
 class Machine:
     """A guest with one virtio disk on `path`, and requests by their parts."""
 
-    def __init__(self, path, *, serial="", queues=1, start=True, without=0, wiring="pci", **disk):
+    def __init__(self, path, *, serial="", queues=1, start=True, without=0, wiring="pci", power=None, **disk):
         skip_what_the_host_lacks(path, **disk)
         self.guest = Guest(wiring=wiring)
         self.disk = open_raw(path, **disk)
-        self.device = VirtioBlk("vda", self.guest.memory, self.disk, serial=serial, queues=queues)
+        self.device = VirtioBlk("vda", self.guest.memory, self.disk, serial=serial, queues=queues, power=power)
         self.driver = self.guest.plug(self.device)
         if start:
             self.driver.start(without=without)

@@ -26,7 +26,7 @@ def test_a_query_looks_at_no_image(monkeypatch):
         {"name": f"vd{letter}", "source": source} for letter, source in zip("abc", sources, strict=True)]})
     with monkeypatch.context() as patched:
         patched.setattr(os, "stat", stat)
-        views = disk_views(config)
+        views = disk_views(config, {})
     assert [view["type"] for view in views] == ["file"] * 3 and asked == ["/dev/null"]
 
 
