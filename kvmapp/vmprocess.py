@@ -67,6 +67,7 @@ class Domain(DeviceVerbs):
     def start(self, paused: bool = False, restored: bool = False) -> None:
         """The guest's first instruction, or its next one when the machine was restored; `paused`: all is made ready for it, and
         `resume` gives the word."""
+        self.begun = "restored" if restored else "booted"
         self.loop.watch(self.machine.power.fd, self.power_event)
         if self.machine.hotplug:
             self.loop.watch(self.machine.hotplug.fd, self.device_ejected)
@@ -79,7 +80,7 @@ class Domain(DeviceVerbs):
             self.change("paused", "user")
             return
         self.machine.resume()
-        self.change("running", "restored" if restored else "booted")
+        self.change("running", self.begun)
 
     def serve(self, listener) -> None:
         """Answers on a control socket."""
@@ -181,15 +182,13 @@ class Domain(DeviceVerbs):
             self.go_on()
 
     def disk_full(self, disks: list[str]) -> None:
-        """The machine is paused, and what it could not write waits in it. Who resumes it has made room; where nobody can, it tries again
-        by itself."""
-        alone = self.server is None
+        """The machine is paused, and keeps what it could not write. Who resumes it has made room; where nobody can, it tries again."""
         self.log(f"the host has no room for what the guest writes to {', '.join(disks)}: paused; make room"
-                 + ("" if alone else f", then kvmappctl resume {self.config.name}"))
+                 + (f", then kvmappctl resume {self.config.name}" if self.server else ""))
         for disk in disks:
             self.publish({"type": "io-error", "device": disk})
         self.change("paused", IO_ERROR)
-        if alone:
+        if not self.server:
             self.loop.later(ROOM_SECONDS, self.try_again)
 
     def try_again(self) -> None:
@@ -293,12 +292,13 @@ class Domain(DeviceVerbs):
             self.change("paused", "user")
         return {}
 
-    def verb_resume(self, _connection, _request) -> dict:
+    def verb_resume(self, _connection, request) -> dict:
+        """`begin`: it was started paused only so that it would not run before its time."""
         self.require("paused", "running")
         self.require_alive()
         if self.state == "paused":
             self.machine.resume()
-            self.change("running", "unpaused")
+            self.change("running", self.begun if request.get("begin") else "unpaused")
         return {}
 
     def verb_destroy(self, _connection, _request) -> dict:

@@ -64,7 +64,7 @@ async def start(supervisor: Supervisor, domain: Domain, who: str, *, paused: boo
     if domain.process and domain.process.ended:         # its end fell into the start's last moment
         supervisor.process_gone(domain)
     elif saved and not paused and domain.process:
-        await domain.process.ask("resume")
+        await domain.process.ask("resume", begin=True)
         await domain.process.refresh()
     return warnings
 

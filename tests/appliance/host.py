@@ -26,10 +26,11 @@ class Said:
 class PlainHost:
     lost = False                                                # one of them died without being told to
 
-    def __init__(self):
+    def __init__(self, init="sysvinit"):
         self.folder = new_folder()
+        self.init = init
         self.kernel = ""                                        # which Linux it boots: Debian's own, or another release
-        self.disk = overlay(self.folder / "disk.qcow2", images.obtain())
+        self.disk = overlay(self.folder / "disk.qcow2", images.obtain(init=init))
         self.nested: NestedHost | None = None
         self.words: list[str] = []                              # everything that was said, for the report of a failure
 
@@ -37,10 +38,10 @@ class PlainHost:
         """The emulated host itself hangs or panics now and then: it is booted again then, as after a power cut, and this is said."""
         out = self.folder / "shared"
         out.mkdir(exist_ok=True)
-        found = images.obtain(other_kernel=self.kernel)
+        found = images.obtain(other_kernel=self.kernel, init=self.init)
         for left in reversed(range(BOOTS)):
             self.nested = NestedHost(self.folder, out)
-            self.nested.start(found, Hardware(disk=self.disk, sysvinit=True), Share(CHECKOUT, site_packages(), out))
+            self.nested.start(found, Hardware(disk=self.disk, init=True), Share(CHECKOUT, site_packages(), out))
             try:
                 self.nested.run(["true"], BOOT_TIMEOUT)
                 return

@@ -62,7 +62,8 @@ def test_managed_save_is_where_the_next_start_goes_on(host, daemon):
     with pytest.raises(errors.KvmappError, match="cannot rename domain with a managed save image"):
         daemon.post(of("a", "rename"), name="b")
     seen = len(host.counts("a"))
-    assert daemon.post(of("a", "start"))["domain"]["state"] == "running"
+    one = daemon.post(of("a", "start"))["domain"]
+    assert (one["state"], one["reason"]) == ("running", "restored")
     reach(host, seen + 3)
     assert goes_on_by_one(host)
     assert daemon.get(of("a"))["managed_save"] is False

@@ -49,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="DIR", help="a folder of this machine that is /out there")
     add("--disk", type=Path, metavar="FILE", help="the host's disk, kept for the next boot (made when absent)")
     add("--boot", action="store_true", help="boot with the scripts of /etc/init.d, shut down with them")
+    add("--systemd", action="store_true", help="the same with systemd and its units")
     add("--name", help="use the nested host NAME, boot it if it is not up, leave it up")
     add("--stop", metavar="NAME", help="end the nested host NAME")
     add("--packages", default="", metavar="LIST", help="Debian packages that its disk has besides, with commas between")
@@ -102,10 +103,11 @@ def _run_in_named(options: argparse.Namespace) -> int:
 
 
 def _boot(host: NestedHost, options: argparse.Namespace) -> None:
-    found = images.obtain(options.packages.split(",") if options.packages else [], options.kernel)
+    found = images.obtain(options.packages.split(",") if options.packages else [], options.kernel,
+                          "systemd" if options.systemd else "sysvinit")
     host.out.mkdir(parents=True, exist_ok=True)
     disk = overlay(options.disk, found)
-    hardware = Hardware(options.cpus, options.memory, disk, options.boot, options.keep, options.qemu)
+    hardware = Hardware(options.cpus, options.memory, disk, options.boot or options.systemd, options.keep, options.qemu)
     begin = time.monotonic()
     host.start(found, hardware, Share(CHECKOUT, site_packages(), host.out), outlive=bool(options.name))
     try:

@@ -14,9 +14,9 @@ from tests.lab.cache import artifact
 from tests.lab.debian import run_step
 
 HERE = Path(__file__).parent
-HOST_PACKAGES = ["busybox-static", "dnsmasq-base", "e2fsprogs", "initscripts", "insserv", "iproute2", "iputils-ping", "kmod",
-                 "libslirp0", "nftables", "procps", "python3", "qemu-system-x86", "qemu-utils", "socat", "strace", "sysv-rc",
-                 "sysvinit-core"]
+HOST_PACKAGES = ["busybox-static", "dnsmasq-base", "e2fsprogs", "iproute2", "iputils-ping", "kmod", "libslirp0", "nftables", "procps",
+                 "python3", "qemu-system-x86", "qemu-utils", "socat", "strace"]
+INITS = {"sysvinit": ["initscripts", "insserv", "sysv-rc", "sysvinit-core"], "systemd": ["dbus", "systemd-sysv", "udev"]}
 GUEST_PACKAGES = ["dbus", "e2fsprogs", "iproute2", "iputils-ping", "kmod", "login", "systemd-sysv", "udev"]
 ROOT_MODULES = ["virtio_pci", "virtio_blk", "ext4"]      # what each initrd loads to reach its root disk, in this order
 HOST_MODULES = ["kvm-amd", "tun", "bridge", "br_netfilter", "veth", "dummy", "vhost_net", "vhost_vsock", "nf_tables",
@@ -35,6 +35,14 @@ MASKED_UNITS = ["apt-daily.timer", "apt-daily-upgrade.timer", "dpkg-db-backup.ti
                 "systemd-firstboot.service", "systemd-machine-id-commit.service", "systemd-network-generator.service",
                 "systemd-pstore.service", "systemd-sysusers.service", "systemd-update-utmp.service",
                 "systemd-update-utmp-runlevel.service", "sys-kernel-debug.mount", "sys-kernel-tracing.mount"]
+# Before, so that its end comes after theirs: who looks on hears of them to the last.
+AGENT_UNIT = """[Unit]
+Before=kvmapp.service kvmapp-guests.service
+[Service]
+ExecStart=/usr/local/lib/lab/agent
+[Install]
+WantedBy=multi-user.target
+"""
 HOST_DISK_MIB = 6144
 GUEST_DISK_MIB = 1024
 
@@ -64,15 +72,15 @@ class Kernel:
         return [Path(path) for path in dict.fromkeys(paths)]
 
 
-def obtain(packages: list[str] | None = None, other_kernel: str = "") -> Images:
-    """All images, built where they are missing; the nested host's with these Debian packages more (peers for bench), and perhaps
-    with the kernel of another Linux, as "6.12"."""
+def obtain(packages: list[str] | None = None, other_kernel: str = "", init: str = "sysvinit") -> Images:
+    """All images, built where they are missing; the nested host's with this init and these Debian packages more (peers for bench), and
+    perhaps with the kernel of another Linux, as "6.12"."""
     debian.install_tools()
     with ThreadPoolExecutor() as pool:                  # each debootstrap waits half its time
         kernels = [pool.submit(_kernel, *arguments) for arguments in _kernels()]
         other = pool.submit(_other_kernel, other_kernel) if other_kernel else None
         guests = pool.submit(lambda: _guests(kernels[0].result(), kernels[1].result()))
-        host = _host(kernels[0].result(), packages or [])
+        host = _host(kernels[0].result(), packages or [], init)
         kernel = (other or kernels[0]).result()
         boot = _boot(kernel, host, HOST_MODULES if other else [])
         return Images(kernel.folder / "vmlinux", boot / "initrd.gz", host / "host.img", guests.result())
@@ -126,9 +134,9 @@ def _vmlinux(bzimage: bytes) -> bytes | None:
 
 # -- the nested host
 
-def _host(kernel: Kernel, more: list[str]) -> Path:
+def _host(kernel: Kernel, more: list[str], init: str) -> Path:
     """The root disk of the nested host."""
-    packages = [*HOST_PACKAGES, *more]
+    packages = [*HOST_PACKAGES, *INITS[init], *more]
 
     def build(folder: Path) -> None:
         root = folder / "root"
@@ -139,9 +147,9 @@ def _host(kernel: Kernel, more: list[str]) -> Path:
         shutil.copy(root / "usr/bin/busybox", folder / "busybox")
         shutil.rmtree(root)
 
-    name = "host-with-more" if more else "host"          # either is kept when the other is made anew
+    name = "host-with-more" if more else "host" if init == "sysvinit" else f"host-{init}"    # each is kept when another is made anew
     return artifact(name, [debian.SUITE, kernel.folder.name, *packages, *HOST_MODULES, str(HOST_DISK_MIB),
-                             build, _furnish_host, *SHARED], build)
+                             build, _furnish_host, AGENT_UNIT, *SHARED], build)
 
 
 def _furnish_host(root: Path) -> None:
@@ -151,8 +159,15 @@ def _furnish_host(root: Path) -> None:
         program.write_text("#!/usr/bin/python3\nimport sys\n\nfrom kvmapp.__main__ import main\n\nsys.exit(main())\n")
         program.chmod(0o755)
     (root / "usr/lib/python3/dist-packages/checkout.pth").write_text("/src\n/usr/local/lib/lab-python\n")
-    inittab = [line for line in (root / "etc/inittab").read_text().splitlines() if "getty" not in line]
-    (root / "etc/inittab").write_text("\n".join([*inittab, "lab:2345:once:/usr/local/lib/lab/agent", ""]))
+    inittab = root / "etc/inittab"
+    if inittab.exists():
+        lines = [line for line in inittab.read_text().splitlines() if "getty" not in line]
+        inittab.write_text("\n".join([*lines, "lab:2345:once:/usr/local/lib/lab/agent", ""]))
+    else:
+        (root / "etc/systemd/system/lab-agent.service").write_text(AGENT_UNIT)
+        wants = root / "etc/systemd/system/multi-user.target.wants"
+        wants.mkdir(exist_ok=True)
+        (wants / "lab-agent.service").symlink_to("../lab-agent.service")
     (root / "etc/fstab").write_text("/dev/vda / ext4 noatime,errors=remount-ro 0 1\n")
     (root / "etc/hostname").write_text("nested\n")
     (root / "etc/hosts").write_text("127.0.0.1 localhost nested\n::1 localhost\n")

@@ -38,7 +38,7 @@ class Hardware:
     cpus: int = 2
     memory: int = 3072
     disk: Path | None = None                            # a persistent overlay; None: changes are forgotten
-    sysvinit: bool = False                              # boot Debian's init with its init scripts
+    init: bool = False                                  # boot Debian's own, with its scripts or units
     terminal: bool = False                              # hvc0 is this terminal
     qemu: list[str] = field(default_factory=list)       # more options for QEMU
 
@@ -258,7 +258,7 @@ def _qemu_command(folder: Path, images: Images, hardware: Hardware, share: Share
     disk = f"file={images.disk},format=raw,snapshot=on,cache=unsafe"
     if hardware.disk:
         disk = f"file={hardware.disk},format=qcow2,cache=writeback"
-    boot = " lab.boot" if hardware.sysvinit else ""
+    boot = " lab.boot" if hardware.init else ""
     command = ["qemu-system-x86_64", "-name", "lab,debug-threads=on", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
                "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(hardware.cpus), "-m", str(hardware.memory),
                "-kernel", str(images.kernel), "-initrd", str(images.initrd), "-append",

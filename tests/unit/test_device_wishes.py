@@ -69,7 +69,7 @@ def test_a_panic_is_what_on_crash_says(tmp_path, action, exit, state):
     if action == "preserve":
         assert made.reason == "panicked" and "resume" not in made.machine.did
         with pytest.raises(WrongState):
-            made.verb_resume(None, None)
+            made.verb_resume(None, {})
 
 
 @pytest.mark.parametrize("asked", ["resume", "save", "suspend and resume"])
@@ -80,7 +80,7 @@ def test_a_guest_that_powered_off_and_was_preserved_does_not_go_on(tmp_path, mon
     if asked == "suspend and resume":
         made.verb_suspend(None, None)
     with pytest.raises(WrongState, match="ended and was preserved"):
-        made.save(lambda error: None, "/nowhere") if asked == "save" else made.verb_resume(None, None)
+        made.save(lambda error: None, "/nowhere") if asked == "save" else made.verb_resume(None, {})
     assert (made.state, made.reason) == ("paused", "shutdown") and not {"save", "resume"} & set(made.machine.did)
 
 
@@ -90,7 +90,7 @@ def test_a_reset_of_a_paused_domain_lets_it_not_go_on(tmp_path):
     made.verb_suspend(None, None)
     made.verb_reset(None, None)
     assert (made.state, made.reason) == ("paused", "user") and made.machine.did[-2:] == ["reset", "boot"]
-    made.verb_resume(None, None)
+    made.verb_resume(None, {})
     tell(made, PowerEvent.POWER_OFF).verb_reset(None, None)
     assert made.state == "running" and made.machine.did[-3:] == ["reset", "boot", "resume"]
 
@@ -120,7 +120,7 @@ def test_an_expired_watchdog_does_what_its_action_says(tmp_path, action, exit, s
     assert made.published[0] == {"type": "watchdog", "action": action}
     if action == "pause":
         assert made.reason == "watchdog"
-        made.verb_resume(None, None)
+        made.verb_resume(None, {})
         assert made.state == "running"
 
 
@@ -141,7 +141,7 @@ def test_a_full_host_pauses_the_guest_and_it_may_be_resumed(tmp_path):
     assert (made.state, made.reason) == ("paused", "I/O error") and made.machine.did == ["pause"]
     assert made.lines == ["the host has no room for what the guest writes to vda: paused; make room, then kvmappctl resume x"]
     assert [event["type"] for event in made.published] == ["io-error", "lifecycle"]
-    made.verb_resume(None, None)
+    made.verb_resume(None, {})
     assert made.state == "running" and made.machine.did[-1] == "resume"
 
 
