@@ -463,6 +463,8 @@ cdef uint32_t weight(uint32_t event) noexcept nogil:
     """Which wish gives way to which."""
     if event == RUNNING:
         return 0
-    if event == CRASH_KERNEL or event == DISK_FULL:      # a disk that is still full when the guest goes on tells so again
+    if event == DISK_FULL:           # which tells so again if the guest goes on
         return 1
-    return 2 if event == WATCHDOG else 3
+    if event == CRASH_KERNEL:
+        return 2
+    return 3 if event == WATCHDOG else 4

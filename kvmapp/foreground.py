@@ -144,7 +144,7 @@ def handle_signals(domain: Domain, extras: Extras) -> None:
 
     def press(*_):
         nonlocal asked
-        if asked or not domain.config.acpi or domain.state != "running":
+        if asked or not domain.config.acpi or not (domain.state == "running" or domain.waits_for_room):
             domain.loop.call(domain.destroy)
         else:
             domain.loop.call(domain.machine.press_power_button)

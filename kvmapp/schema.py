@@ -247,7 +247,8 @@ DOMAIN = File(
                      "unsafe, as writeback but the guest's flushes are ignored: for data that may be lost."),
         Setting("error_policy", Choice("enospace", "report"), "enospace",
                 help="What happens when the host has no room for what the guest writes: enospace, the guest is paused, and goes on "
-                     "with that write when it is resumed; report, the guest gets an error, as it always does for other errors."),
+                     "with that write when it is resumed; report, the guest gets an error, as it always does for other errors. Where the "
+                     "host notices only when it flushes (NFS, thin volumes), that holds with cache = none alone."),
         Setting("discard", Choice("unmap", "ignore"), "unmap",
                 help="Whether blocks that the guest frees are given back to the host."),
         Setting("io", Choice("auto", "io_uring", "threads"), "auto",

@@ -52,6 +52,12 @@ class Settings:
     def to_dict(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in slots(self.section)}
 
+    def changes(self) -> dict[str, object]:
+        """As to_dict, without what is at its default: an older version may not know of it."""
+        word = self.section.word
+        return {name: value for name, value in self.to_dict().items()
+                if (word and name == word.key) or value != self.setting(name).default}
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Settings) and type(self) is type(other) and self.to_dict() == other.to_dict()
 
@@ -89,6 +95,15 @@ class FileConfig(Settings):
         for section in self.file.sections.values():
             part = getattr(self, section.attribute)
             data[section.attribute] = [one.to_dict() for one in part] if section.word else part and part.to_dict()
+        return data
+
+    def changes(self) -> dict[str, object]:
+        data = {name: value for name, value in super().to_dict().items() if value != self.setting(name).default}
+        for section in self.file.sections.values():
+            part = getattr(self, section.attribute)
+            value = [one.changes() for one in part] if section.word else part and part.changes()
+            if value or (value is not None and not section.word and not section.always):
+                data[section.attribute] = value
         return data
 
     @classmethod

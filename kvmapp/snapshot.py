@@ -34,7 +34,7 @@ HOST_SIDE: dict[str, set[str]] = {
          "locked", "cpu", "on_poweroff", "on_reboot", "on_crash", "autostart_order",
          "autostart_delay"},
     "boot": {"kernel", "initrd", "cmdline"},
-    "disk": {"source", "cache", "io", "threads", "poll"},
+    "disk": {"source", "cache", "error_policy", "io", "threads", "poll"},
     "interface": {"type", "source", "target", "forwards", "link"},
     "serial": {"type", "path", "log"},
     "console": {"type", "path", "log"},

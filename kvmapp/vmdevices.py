@@ -1,4 +1,4 @@
-"""The control socket's verbs for a running domain's devices.
+"""The control socket's verbs for a running domain's devices, and what a domain does that finds no room on the host.
 
     → {"verb": "link", "device": "net0", "up": false}          ← {"device": "net0", "up": false}
       plugs the cable of a network card in or out; the guest is told. `netN` is the card of [interface N].
@@ -26,20 +26,53 @@ if TYPE_CHECKING:
     from kvmapp.machine import Machine
 
 
+IO_ERROR = "I/O error"                  # why it is paused, in virsh's words
+ROOM_SECONDS = 5                        # between looks for room
+
+
 class DeviceNotFound(KvmappError):
     """The running domain has no device of this name."""
     code = "device-not-found"
 
 
 class DeviceVerbs:
-    """What it needs of the domain: `require`, `log`."""
+    """What it needs of the domain: `require`, `change`, `publish`, `log`."""
     machine: "Machine"
     config: "Any"
     server: "ControlServer | None"
     log: "Callable[[str], None]"
+    loop: "Any"
+    state: str
+    reason: str
 
     def require(self, *states: str) -> None:
         raise NotImplementedError
+
+    def change(self, state: str, reason: str) -> None:
+        raise NotImplementedError
+
+    def publish(self, event: dict) -> None:
+        raise NotImplementedError
+
+    def disk_full(self) -> None:
+        """The machine is paused, and keeps what it could not write. Who resumes it has made room; where nobody can, it tries again."""
+        disks = self.machine.full_disks()
+        self.log(f"the host has no room for what the guest writes to {', '.join(disks)}: paused; make room"
+                 + (f", then kvmappctl resume {self.config.name}" if self.server else ""))
+        for disk in disks:
+            self.publish({"type": "io-error", "device": disk})
+        self.change("paused", IO_ERROR)
+        if not self.server:
+            self.loop.later(ROOM_SECONDS, self.try_again)
+
+    @property
+    def waits_for_room(self) -> bool:
+        return (self.state, self.reason) == ("paused", IO_ERROR)
+
+    def try_again(self) -> None:
+        if self.waits_for_room:
+            self.machine.resume()
+            self.change("running", "unpaused")
 
     def verb_link(self, _connection, request) -> dict:
         device, up = wanted(request, "device", str), wanted(request, "up", bool)

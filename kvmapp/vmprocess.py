@@ -13,7 +13,7 @@ from kvmapp.devices import PowerEvent, set_log
 from kvmapp.errors import BadRequest, KvmappError, WrongState
 from kvmapp.loop import Loop
 from kvmapp.machine import Machine
-from kvmapp.vmdevices import DeviceVerbs, wanted
+from kvmapp.vmdevices import IO_ERROR, DeviceVerbs, wanted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 # How a process that ran one guest ends (kvmapp run): the exit status tells how the guest ended.
 EXIT_POWER_OFF, EXIT_ERROR, EXIT_RESET, EXIT_CRASH, EXIT_DESTROYED, EXIT_SAVED = 0, 1, 3, 4, 5, 6
 
-IO_ERROR = "I/O error"                  # why it is paused, in virsh's words
-ROOM_SECONDS = 5                        # between looks for room on a full host
 TRIPLE_FAULT = 8                        # KVM_EXIT_SHUTDOWN, the code of a reset that the run loop asks for
 TUNABLE = {"cputune", "vcpu_pins", "memtune"}        # what `tune` may change
 RESET_CAUSES = {TRIPLE_FAULT: "the guest reset by a triple fault"}
@@ -158,7 +156,7 @@ class Domain(DeviceVerbs):
         elif event == PowerEvent.WATCHDOG:
             self.watchdog_expired(self.config.watchdog.action)
         elif event == PowerEvent.DISK_FULL and self.machine.full_disks():
-            self.disk_full(self.machine.full_disks())
+            self.disk_full()
         else:
             if event == PowerEvent.CRASH_KERNEL:
                 self.log("the guest panicked: its crash kernel goes on")
@@ -180,21 +178,6 @@ class Domain(DeviceVerbs):
             if action == "shutdown":
                 self.machine.press_power_button()
             self.go_on()
-
-    def disk_full(self, disks: list[str]) -> None:
-        """The machine is paused, and keeps what it could not write. Who resumes it has made room; where nobody can, it tries again."""
-        self.log(f"the host has no room for what the guest writes to {', '.join(disks)}: paused; make room"
-                 + (f", then kvmappctl resume {self.config.name}" if self.server else ""))
-        for disk in disks:
-            self.publish({"type": "io-error", "device": disk})
-        self.change("paused", IO_ERROR)
-        if not self.server:
-            self.loop.later(ROOM_SECONDS, self.try_again)
-
-    def try_again(self) -> None:
-        if (self.state, self.reason) == ("paused", IO_ERROR):
-            self.machine.resume()
-            self.change("running", "unpaused")
 
     def go_on(self) -> None:
         """After a pause to hear what the guest tells; a wish may also have been voided, by a reset, before it was heard."""
@@ -246,7 +229,8 @@ class Domain(DeviceVerbs):
     def require_no_wish(self) -> None:
         """The machine is paused, to stay so: `power_event`, which comes next, might let it go on, or begin anew."""
         if self.machine.power.asked:
-            raise WrongState(f"Domain '{self.config.name}' has just powered off or reset", "look at its state, then try again")
+            what = "found no room on the host" if self.machine.full_disks() else "powered off or reset"
+            raise WrongState(f"Domain '{self.config.name}' has just {what}", "look at its state, then try again")
 
     def verb_status(self, _connection, _request) -> dict:
         config = self.config

@@ -44,6 +44,7 @@ cdef class RawDisk(BlockBackend):
     def __cinit__(self, *args, **kwargs):
         self.file.fd = -1
         pthread_mutex_init(&self.file.rewriting, NULL)
+        pthread_mutex_init(&self.file.flushing, NULL)
 
     def __init__(self, int fd, *, str name not None="disk", str path=None, bint read_only=False, str cache not None="writeback",
                  str io not None="auto", bint discard=True, uint32_t alignment=BLOCK_SECTOR):
@@ -70,6 +71,7 @@ cdef class RawDisk(BlockBackend):
         if self.file.fd >= 0:
             close(self.file.fd)
         pthread_mutex_destroy(&self.file.rewriting)
+        pthread_mutex_destroy(&self.file.flushing)
 
     def __del__(self):
         if not self.closed and self.file.fd >= 0:
@@ -87,7 +89,8 @@ cdef class RawDisk(BlockBackend):
         with nogil:
             result = flush(&self.file)
         if result < 0:
-            raise HostError(f"Cannot flush disk '{self.name}' ({self.path}): {os.strerror(-result)}", "see the host's kernel log")
+            raise HostError(f"Cannot flush disk '{self.name}' ({self.path}): {os.strerror(-result)}",
+                            "see the host's kernel log; what is lost stays so: start the domain anew, and check its file systems")
 
     def adopt(self, uint32_t alignment):
         """Looks at the descriptor and sets it up."""

@@ -22,6 +22,8 @@ cdef struct HostFile:
     uint64_t end                     # bytes that the file has; from there to `size` (less than a sector) are zeroes
     uint32_t lacks                   # FileLack
     pthread_mutex_t rewriting        # held by whoever changes part of a block and so writes the rest of it anew
+    pthread_mutex_t flushing         # held by the flush that asks the kernel
+    uint32_t flushes                 # atomic: how many have begun
     int flush_error                  # -errno of the first flush that failed: what it lost stays lost, so all later ones fail
 
 cdef int perform(HostFile* file, BlockRequest* request) noexcept nogil
@@ -32,4 +34,3 @@ cdef bint is_misaligned(HostFile* file, BlockRequest* request) noexcept nogil
 cdef void advance(BlockRequest* request, uint64_t count) noexcept nogil
 cdef void note_write(HostFile* file, BlockRequest* request) noexcept nogil
 cdef int flush(HostFile* file) noexcept nogil
-cdef int note_flush(HostFile* file, int result) noexcept nogil

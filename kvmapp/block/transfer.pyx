@@ -11,13 +11,13 @@ from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
 
 from kvmapp.abi.blockdev cimport BLKDISCARD, RWF_NOWAIT, preadv2, pwritev2
-from kvmapp.abi.posix cimport (EAGAIN, EINTR, EINVAL, EIO, ENODEV, ENOMEM, ENOSYS, ENOTTY, EOPNOTSUPP, FALLOC_FL_KEEP_SIZE,
-                               FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, errno, fallocate, fdatasync, ioctl, pread,
-                               preadv, pthread_mutex_lock, pthread_mutex_unlock, pwrite, pwritev)
+from kvmapp.abi.posix cimport (EDQUOT, EINTR, EINVAL, EIO, ENODEV, ENOMEM, ENOSPC, ENOSYS, ENOTTY, EOPNOTSUPP, FALLOC_FL_KEEP_SIZE,
+                               FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, atomic_load_u32, atomic_store_u32, errno, fallocate, fdatasync,
+                               ioctl, pread, preadv, pthread_mutex_lock, pthread_mutex_unlock, pwrite, pwritev)
 from kvmapp.block.backend cimport (BLOCK_DISCARD, BLOCK_FLUSH, BLOCK_FUA, BLOCK_MAY_UNMAP, BLOCK_READ, BLOCK_WRITE,
                                    BLOCK_WRITE_ZEROES)
 
-from libc.stdint cimport uint8_t, uintptr_t
+from libc.stdint cimport uint8_t, uint32_t, uintptr_t
 
 cdef extern from "<stdlib.h>" nogil:
     int posix_memalign(void** memory, size_t alignment, size_t size)
@@ -62,8 +62,8 @@ cdef bint try_at_once(HostFile* file, BlockRequest* request) noexcept nogil:
         advance(request, count)
         if request.operation == BLOCK_WRITE:
             note_write(file, request)
-    elif count < 0 and errno != EAGAIN and errno != EINTR:
-        file.lacks |= lack           # EOPNOTSUPP, ENOSYS; and a real error comes back from the call that waits
+    elif count < 0 and is_refusal(-errno):
+        file.lacks |= lack           # any other error comes back from the call that waits
     return request.moved == request.length
 
 
@@ -108,16 +108,6 @@ cdef void note_write(HostFile* file, BlockRequest* request) noexcept nogil:
         file.end = file.size
 
 
-cdef int note_flush(HostFile* file, int result) noexcept nogil:
-    """The kernel tells of lost writes once and then calls the pages clean: every later flush must fail too. Past the page cache
-    there are no such pages."""
-    if file.alignment > 1:
-        return result
-    if result < 0 and file.flush_error == 0:
-        file.flush_error = result
-    return file.flush_error
-
-
 cdef int read_all(HostFile* file, BlockRequest* request) noexcept nogil:
     cdef ssize_t count
     cdef uint64_t position
@@ -155,19 +145,32 @@ cdef int write_all(HostFile* file, BlockRequest* request) noexcept nogil:
 
 
 cdef int flush(HostFile* file) noexcept nogil:
-    cdef int result = 0
+    """The kernel tells one flush of lost writes, and then calls the pages clean: no other may say that all is well, neither one at the
+    same time nor any later one. Past the page cache there are no such pages."""
+    cdef int result
+    cdef uint32_t before = atomic_load_u32(&file.flushes)
     if file.ignore_flush:
         return 0
-    if file.flush_error == 0:
-        while True:
-            result = -errno if fdatasync(file.fd) < 0 else 0
-            if result != -EINTR:
-                break
-    return note_flush(file, result)
+    if file.alignment > 1:
+        return sync_data(file)
+    pthread_mutex_lock(&file.flushing)
+    if file.flush_error == 0 and file.flushes == before:     # else one that began after us is over: it did for us, too
+        atomic_store_u32(&file.flushes, file.flushes + 1)
+        file.flush_error = sync_data(file)
+    result = file.flush_error
+    pthread_mutex_unlock(&file.flushing)
+    return result
+
+
+cdef int sync_data(HostFile* file) noexcept nogil:
+    cdef int result = -EINTR
+    while result == -EINTR:
+        result = -errno if fdatasync(file.fd) < 0 else 0
+    return result
 
 
 cdef int discard(HostFile* file, BlockRequest* request) noexcept nogil:
-    """A hint: a host that cannot do it is no error."""
+    """A hint: a host that cannot do it is no error, nor one that wants room to note what is free."""
     cdef uint64_t[2] extent
     cdef int result
     if not file.discard or file.lacks & LACKS_DISCARD:
@@ -183,7 +186,7 @@ cdef int discard(HostFile* file, BlockRequest* request) noexcept nogil:
     if is_refusal(result):
         file.lacks |= LACKS_DISCARD
         return 0
-    return result
+    return 0 if wants_room(result) else result
 
 
 cdef int write_zeroes(HostFile* file, BlockRequest* request) noexcept nogil:
@@ -191,13 +194,13 @@ cdef int write_zeroes(HostFile* file, BlockRequest* request) noexcept nogil:
     cdef int result
     if request.flags & BLOCK_MAY_UNMAP and file.discard and not file.lacks & LACKS_DISCARD:
         result = change_extent(file, request, FALLOC_FL_PUNCH_HOLE)
-        if not is_refusal(result):
+        if not is_refusal(result) and not wants_room(result):
             return result
     if not file.lacks & LACKS_ZERO_RANGE:
         result = change_extent(file, request, FALLOC_FL_ZERO_RANGE)
-        if not is_refusal(result):
+        if not is_refusal(result) and not wants_room(result):
             return result
-        if result != -EINVAL:        # which is about this extent only
+        if result != -EINVAL and not wants_room(result):     # which are about this extent only
             file.lacks |= LACKS_ZERO_RANGE
     return detour(file, request)
 
@@ -212,6 +215,10 @@ cdef int change_extent(HostFile* file, BlockRequest* request, int mode) noexcept
     if in_part:
         pthread_mutex_unlock(&file.rewriting)
     return result
+
+
+cdef bint wants_room(int result) noexcept nogil:
+    return result == -ENOSPC or result == -EDQUOT
 
 
 cdef bint is_refusal(int result) noexcept nogil:

@@ -2,8 +2,8 @@
 """A channel that carries reads, writes and flushes by io_uring: one system call a batch, completions taken from shared memory.
 
 The ring is for the straight way. What it does only in part or refuses goes to FileChannel, where the whole of each request's meaning
-lives. So do writes to the page cache, discards and zeroes: most file systems would have the ring give them to a thread of the
-kernel's, which costs more than one of ours; and of a write that is synchronous as well the ring would not tell which half failed.
+lives. So do discards and zeroes, and all that changes the page cache or flushes it: most file systems would have the ring give them to
+a thread of the kernel's, which costs more than one of ours; and of a write that is synchronous the ring would not tell which half failed.
 """
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
@@ -19,7 +19,7 @@ from kvmapp.abi.io_uring cimport (IORING_FSYNC_DATASYNC, IORING_OP_FSYNC, IORING
                                   io_uring_sqe, io_uring_sqe_set_data, io_uring_submit)
 from kvmapp.abi.posix cimport (EAGAIN, ECANCELED, EINTR, EINVAL, ENOSYS, EOPNOTSUPP, POLLIN, nanosleep, poll, pollfd, timespec)
 from kvmapp.block.backend cimport BLOCK_FLUSH, BLOCK_READ, BLOCK_WRITE, BlockBackend
-from kvmapp.block.transfer cimport HostFile, advance, is_misaligned, needs_sync, note_flush, note_write
+from kvmapp.block.transfer cimport HostFile, advance, is_misaligned, needs_sync, note_write
 
 import os
 
@@ -88,8 +88,7 @@ cdef class UringChannel(FileChannel):
         cdef io_uring_sqe* sqe
         cdef uint64_t position = request.offset + request.moved
         if (request.operation > BLOCK_FLUSH or request.length > LENGTH_MOST or request.vector_count > VECTOR_MOST
-                or is_misaligned(self.file, request) or request.operation == BLOCK_WRITE and self.file.alignment == 1
-                or request.operation == BLOCK_FLUSH and (self.file.ignore_flush or self.file.flush_error)):
+                or is_misaligned(self.file, request) or request.operation != BLOCK_READ and self.file.alignment == 1):
             return FileChannel.place(self, request)
         if self.in_ring == self.room:
             return False
@@ -151,7 +150,7 @@ cdef class UringChannel(FileChannel):
             if result == -EINTR or result == -EAGAIN or result == -ECANCELED:
                 self.give_workers(request)
             else:
-                self.finish(request, note_flush(self.file, result))
+                self.finish(request, result)
             return
         if result > 0:
             advance(request, result)

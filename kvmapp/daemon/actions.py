@@ -30,6 +30,7 @@ from kvmapp.errors import (
     NoResponse,
     Unsupported,
     UsageError,
+    WrongState,
 )
 from kvmapp.ini import Ini
 from kvmapp.settings import apply
@@ -192,8 +193,11 @@ async def shutdown(call: Call) -> dict:
     timeout = call.body.get("timeout") or 0
     if timeout <= 0:
         call.supervisor.run(watch_pressed(call.supervisor, domain, process), f"shutdown of {domain.name}")
-    elif not await domain.wait_until(lambda: domain.process is not process, timeout):
+    elif not await domain.wait_until(lambda: domain.process is not process or domain.state[0] == "paused", timeout):
         raise ignored(domain, timeout)
+    elif domain.process is process:
+        raise WrongState(f"Domain '{domain.name}' was paused while it shut down ({domain.state[1]})",
+                         f"kvmappctl resume {domain.name} lets it go on")
     return call.changed(domain)
 
 

@@ -151,7 +151,7 @@ def vouched(paths: Paths, domain: Domain) -> dict | None:
     """What the file is to have as its configuration; None: an older version's domain writes its own. Raises HostError."""
     if domain.live is None:
         return None
-    config = domain.live.to_dict()
+    config = domain.live.changes() if domain.outdated else domain.live.to_dict()
     vouch_for(paths, config)
     return config
 

@@ -354,7 +354,8 @@ cdef class VirtioBlk(VirtioDevice):
         return self.disk.counters()
 
     def save_device(self):
-        if self.is_full:
+        cdef BlkQueue way
+        if any([atomic_load_u32(&way.stuck) or way.stranded.first != NULL for way in self.ways]):
             raise HostError(f"Cannot save the guest now: the host has no room for what it has written to disk '{self.name}'",
                             "make room, and let the guest go on: kvmappctl resume")
         return {"version": 1, "capacity": self.blk.capacity, "writeback": bool(self.blk.writeback)}

@@ -167,3 +167,89 @@ def points_to(fd, path):
         return os.readlink(f"/proc/self/fd/{fd}") == str(path)
     except OSError:
         return False
+
+
+# `lost`: the first fdatasync tells of lost writes, late, and the others know nothing of them. `full`: no fallocate finds room.
+SHIM = r"""
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+atomic_int flushes;
+
+int fdatasync(int fd)
+{
+    int number = ++flushes;
+    if (number > 1 || strcmp(getenv("SHIM"), "lost"))
+        return 0;
+    for (int i = 0; i < 300 && flushes == 1; i++)
+        usleep(1000);
+    return errno = EIO, -1;
+}
+
+static int refuse(void)
+{
+    return strcmp(getenv("SHIM"), "full") ? 0 : (errno = ENOSPC, -1);
+}
+
+int fallocate(int fd, int mode, off_t offset, off_t length) { return refuse(); }
+int fallocate64(int fd, int mode, off64_t offset, off64_t length) { return refuse(); }
+"""
+HEAD = """
+import ctypes, os, sys
+from kvmapp.block.raw import RawDisk
+from kvmapp.block.session import DiskSession
+flushes = ctypes.c_int.in_dll(ctypes.CDLL(None), "flushes")
+with RawDisk(os.open(sys.argv[1], os.O_RDWR), io=sys.argv[2]) as disk, DiskSession(disk) as session:
+"""
+
+
+@pytest.fixture(scope="module")
+def shim(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shim")
+    (folder / "shim.c").write_text(SHIM)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", folder / "shim.so", folder / "shim.c"], check=True)
+
+    def told(kind, body, *arguments):
+        code = HEAD + textwrap.indent(textwrap.dedent(body), "    ")
+        done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False,
+                              env={**os.environ, "LD_PRELOAD": str(folder / "shim.so"), "SHIM": kind})
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return told
+
+
+def test_of_two_flushes_at_once_neither_says_that_all_is_well(image, io, shim):
+    """The kernel tells one of them only."""
+    assert shim("lost", """
+        tickets = [session.start(2) for _ in range(2)]
+        print(sorted(session.wait().values()))
+    """, image, io) == "[-5, -5]\n"
+
+
+def test_flushes_that_came_while_another_was_under_way_share_the_next(image, io, shim):
+    """Each must begin after its request came, so that one does not do; but two do for all."""
+    assert shim("slow", """
+        for _ in range(16):
+            session.start(2)
+        assert set(session.wait().values()) == {0}
+        assert 1 <= flushes.value <= 16
+        before = flushes.value
+        session.flush()
+        print(flushes.value - before)
+    """, image, io) == "1\n"
+
+
+def test_a_discard_for_which_there_is_no_room_is_no_error(image, io, shim):
+    """Its end would give room back."""
+    assert shim("full", """
+        session.discard(0, 65536)
+        session.write_zeroes(0, 65536, may_unmap=True)
+        session.write_zeroes(65536, 65536)
+        print(set(session.read(0, 131072)))
+    """, image, io) == "{0}\n"

@@ -34,7 +34,9 @@ def run(*words, timeout=60):
 
 
 @needs_root
-def test_a_guest_on_a_full_host_waits_for_room(tmp_path):
+@pytest.mark.parametrize("pressed", [False, True])
+def test_a_guest_on_a_full_host_waits_for_room(tmp_path, pressed):
+    """And for its power button: a signal does not end it before it can have heard."""
     with small_disk(tmp_path):
         image = sparse(tmp_path / "disk.img", 1 << 20)
         fill(tmp_path / "filler")
@@ -45,9 +47,11 @@ def test_a_guest_on_a_full_host_waits_for_room(tmp_path):
             said = ""
             while "the host has no room for what the guest writes to vda: paused; make room\n" not in said:
                 said += guest.stderr.readline()
+            if pressed:
+                guest.send_signal(signal.SIGTERM)
             make_room(tmp_path)
             printed, _ = guest.communicate(timeout=60)
-        assert guest.returncode == 0 and "ok virtio-blk" in printed
+        assert guest.returncode == 0 and ("power button" if pressed else "ok virtio-blk") in printed
 
 
 @pytest.mark.parametrize(("words", "error"), [

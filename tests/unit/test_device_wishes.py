@@ -150,7 +150,15 @@ def test_a_disk_that_was_reset_meanwhile_is_full_no_more(tmp_path):
     assert made.state == "running" and made.machine.did == ["pause", "resume"]
 
 
-@pytest.mark.parametrize("other", [PowerEvent.WATCHDOG, PowerEvent.POWER_OFF])
+def test_a_domain_is_not_suspended_over_a_disk_that_has_just_filled_up(tmp_path):
+    made = domain("[disk vda]\nsource = /x\n", tmp_path)
+    made.machine.full = ["vda"]
+    made.machine.power.ask(PowerEvent.DISK_FULL)
+    with pytest.raises(WrongState, match="Domain 'x' has just found no room on the host"):
+        made.verb_suspend(None, None)
+
+
+@pytest.mark.parametrize("other", [PowerEvent.CRASH_KERNEL, PowerEvent.WATCHDOG, PowerEvent.POWER_OFF])
 def test_a_full_disk_covers_up_nothing(other):
     power = Power()
     power.ask(PowerEvent.DISK_FULL)

@@ -308,3 +308,12 @@ def test_what_somebody_writes_right_after_us_is_seen(tmp_path, monkeypatch):
     store.put(config, text)
     store.refresh()
     assert store.config("web").memory == 128 << 20
+
+
+def test_changes_are_the_whole_of_what_differs_from_the_defaults():
+    """What an older version is told: nothing that it need not know."""
+    given = {"name": "web", "memory": 1 << 30, "boot": {"kernel": "/k"}, "rng": {},
+             "disks": [{"name": "vda", "source": "/x", "queues": 2}]}
+    config = DomainConfig.from_dict(given)
+    assert config.changes() == given
+    assert DomainConfig.from_dict(config.changes()) == config

@@ -69,6 +69,12 @@ def test_a_saved_guest_sees_none_of_it():
     compare("x", tuned, plain)
 
 
+def test_a_guest_sees_nothing_of_what_happens_on_a_full_host():
+    pauses, reports = (DomainConfig.from_dict({"name": "x", "memory": 1 << 30, "disks": [
+        {"name": "vda", "source": "/x", "error_policy": policy}]}) for policy in ("enospace", "report"))
+    compare("x", pauses, reports)
+
+
 # On this host.
 
 def test_where_threads_go():

@@ -173,6 +173,25 @@ def test_it_is_not_saved_without_what_it_could_not_write(small):
     host.card.save()
 
 
+def test_it_is_not_saved_either_between_a_resume_and_the_next_try(small):
+    """Its thread has not got to it when the machine is paused again."""
+    host = small()
+    host.write(*range(8))
+    host.await_wish()
+    before = len(host.queue.collect())
+    host.machine.guest.thread.pause()
+    host.card.resume()
+    host.card.pause()
+    host.machine.guest.thread.resume()
+    assert not host.machine.device.is_full
+    with pytest.raises(HostError, match="no room for what it has written to disk 'vda'"):
+        host.card.save()
+    host.make_room()
+    host.card.resume()
+    host.queue.wait(8 - before)
+    assert host.content()[:8] == list(range(1, 9))
+
+
 def test_error_policy_report_tells_the_guest(small):
     host = small(pauses=False)
     host.write(*range(8))

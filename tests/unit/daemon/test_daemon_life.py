@@ -189,6 +189,20 @@ def test_destroy_goes_through_while_somebody_waits_for_a_shutdown(running):
         assert shutdown.result()["domain"]["reason"] == "destroyed"
 
 
+def test_a_guest_that_is_paused_while_it_shuts_down_is_not_waited_for(running):
+    """Nobody would let it go on; a host that goes down would wait for ever."""
+    running.add("deaf", "ignore-acpi")
+    running.post("deaf", "start")
+    with ThreadPoolExecutor() as clients:
+        shutdown = clients.submit(running.post, "deaf", "shutdown", timeout=60)
+        running.eventually(lambda: running.get("deaf", "stats")["exits"].get("power") and not running.domain("deaf")["job"])
+        running.post("deaf", "suspend")
+        with pytest.raises(errors.WrongState, match=r"Domain 'deaf' was paused while it shut down \(user\)") as caught:
+            shutdown.result()
+    assert caught.value.hint == "kvmappctl resume deaf lets it go on"
+    running.post("deaf", "destroy")
+
+
 def test_undefine_says_what_it_left(running, tmp_path):
     image = tmp_path / "web.img"
     image.write_bytes(b"\0" * 512)
