@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 
 BLOCK = 1 << 20
+COPIED_MOST = 4                         # times the size at which a log is set aside
 
 
 def open_log(path: str, limit: int, backups: int) -> int:
@@ -50,7 +51,7 @@ def rotate(path: str, limit: int, backups: int, *, in_use: bool) -> None:
         if not backups:
             os.truncate(path, 0)
         elif in_use:
-            copy_and_cut(path, backups)
+            copy_and_cut(path, backups, COPIED_MOST * limit)
         else:
             shift(path, backups)
             os.rename(path, f"{path}.1")
@@ -62,11 +63,12 @@ def shift(path: str, backups: int) -> None:
             os.rename(f"{path}.{number - 1}", f"{path}.{number}")
 
 
-def copy_and_cut(path: str, backups: int) -> None:
-    """The copy first: where there is no room for it, the older ones stay as they are."""
+def copy_and_cut(path: str, backups: int, most: int) -> None:
+    """The copy first: where there is no room for it, the older ones stay as they are. The last `most` bytes: a guest that writes without
+    end shall hold up nobody."""
     new = f"{path}.new"
     try:
-        copy(path, new)
+        copy(path, new, most)
         shift(path, backups)
         os.rename(new, f"{path}.1")
     except OSError:
@@ -76,10 +78,12 @@ def copy_and_cut(path: str, backups: int) -> None:
     os.truncate(path, 0)
 
 
-def copy(path: str, backup: str) -> None:
+def copy(path: str, backup: str, most: int) -> None:
     """What there is now and no more: a process may write faster than we copy."""
     with open(path, "rb") as log, open(backup, "wb", opener=private) as file:
-        left = os.fstat(log.fileno()).st_size
+        size = os.fstat(log.fileno()).st_size
+        left = min(size, most)
+        log.seek(size - left)
         while left and (data := log.read(min(BLOCK, left))):
             file.write(data)
             left -= len(data)

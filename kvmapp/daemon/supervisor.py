@@ -215,7 +215,8 @@ class Supervisor:
         """They can be removed when the process's parent has taken notice of its end, which takes a moment, or longer on a busy host."""
         for pause in (0, 0.05, 0.2, 1, 5, 10, 20, 60):
             await asyncio.sleep(pause)
-            if domain.active or self.cgroups.remove(domain.name):
+            of_this_name = self.domains.get(domain.name)            # it may have been defined anew, and run
+            if domain.active or (of_this_name and of_this_name.active) or self.cgroups.remove(domain.name):
                 break
         await self.sweep()
 

@@ -2,6 +2,8 @@
 import asyncio
 import os
 import re
+import signal
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -294,6 +296,27 @@ def test_each_domain_has_a_control_group_that_goes_with_it(running):
     running.eventually(lambda: members() == [[str(pid)]] * len(bases))
     running.post("web", "destroy")
     running.eventually(lambda: not any(Path(base, "domain-web").exists() for base in bases))
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="needs root")
+@pytest.mark.parametrize("at_once", [True, False])
+def test_what_a_domain_left_behind_goes_with_its_group(at_once, monkeypatch):
+    """It would hold the domain's disks and taps, and nobody knows of it."""
+    groups = Cgroups(f"kvmapp-left-{os.getpid()}")
+    if not groups.bases:
+        pytest.skip("this host has no control groups that can be written")
+    if not at_once:                                      # as before Linux 5.14
+        true_open = os.open
+        monkeypatch.setattr(os, "open", lambda path, *more: true_open(path.replace("cgroup.kill", "cgroup.none"), *more))
+    with subprocess.Popen(["sleep", "1000"]) as left:
+        try:
+            groups.join("web", left.pid)
+            groups.remove("web")
+            assert left.wait(20) == -signal.SIGKILL
+        finally:
+            left.kill()
+    assert groups.remove("web")
+    groups.close(False)
 
 
 def test_a_transient_domain_that_runs_keeps_its_name_and_its_uuid(running):
