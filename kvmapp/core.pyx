@@ -17,12 +17,12 @@ from kvmapp.abi cimport kvm as abi
 from kvmapp.abi.kvm cimport kvm_cpuid2, kvm_cpuid_entry2, kvm_pit_config, kvm_reinject_control, kvm_userspace_memory_region
 from kvmapp.abi.posix cimport close, errno, ioctl
 from kvmapp.vcpu cimport PAUSE, RUN, STOP, Vcpu, refused
-from kvmapp.vmstate cimport msr_indexes, restore_vcpu, restore_vm, save_vcpu, save_vm, tell_stopped
+from kvmapp.vmstate cimport msr_indexes, restore_vcpu, restore_vm, save_vcpu, save_vm, set_level_triggered, tell_stopped
 
 import os
 
 from kvmapp.errors import HostError
-from kvmapp.layout import IDENTITY_MAP_BASE, TSS_BASE
+from kvmapp.layout import GSI_INTX, IDENTITY_MAP_BASE, TSS_BASE
 from kvmapp.state import StateError, StateReader
 
 REQUIRED = {
@@ -177,6 +177,11 @@ cdef class Vm:
     def set_entry(self, entry):
         """Where the boot vCPU starts (boot.entry.EntryState); the others wait for INIT and SIPI."""
         self.vcpus[0].set_entry(entry)
+
+    def set_level_triggered(self):
+        """For guests that use the 8259: cards share a line, so it asks until it falls. Firmware sets this elsewhere. Before
+        `keep_initial`. Raises HostError."""
+        set_level_triggered(self.fd, GSI_INTX)
 
     def keep_initial(self):
         """Remembers the power-on state for `reset`: call it once, before `set_entry`."""

@@ -388,6 +388,7 @@ class Machine:
         self._place(pci, pio, PORT_PCI_CONFIG_ADDRESS, 8)
         self._place(pci, mmio, PCI_ECAM_BASE, PCI_ECAM_SIZE, ECAM_OFFSET)
         self.slots = PciSlots(pci, irqs, config.virtio, self.kept_slots)
+        self.vm.set_level_triggered()
         self.hotplug = PciHotplug("pci-hotplug", self.acpi_pm)
         self._place(self.hotplug, pio, PORT_PCI_HOTPLUG, PORT_PCI_HOTPLUG_SIZE)
 

@@ -145,6 +145,8 @@ cdef class GuestMemory:
             raise HostError(f"Cannot map {length >> 10} KiB of saved memory: {os.strerror(errno)}",
                             "see ulimit -v and vm.max_map_count")
         madvise(target, length, MADV_DONTDUMP)
+        if self.mergeable:
+            madvise(target, length, MADV_MERGEABLE)
         self._bind(target, length)                       # of the pages that the guest writes; those of the file are the page cache's
         self.from_file = True
 

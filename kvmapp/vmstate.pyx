@@ -140,6 +140,19 @@ cdef int set_tsc_khz(int fd, uint32_t khz) except? -1:
     return 0 if ioctl(fd, KVM_SET_TSC_KHZ, <unsigned long>khz) == 0 else -1
 
 
+cpdef int set_level_triggered(int fd, lines) except -1:
+    """Sets the bits of these lines (8 to 15) in the second 8259's ELCR. Raises HostError."""
+    cdef kvm_irqchip chip
+    chip.chip_id = KVM_IRQCHIP_PIC_SLAVE
+    if ioctl(fd, KVM_GET_IRQCHIP, &chip) < 0:
+        raise failed("KVM_GET_IRQCHIP")
+    for line in lines:
+        chip.chip.pic.elcr |= 1 << (line - 8)
+    if ioctl(fd, KVM_SET_IRQCHIP, &chip) < 0:
+        raise failed("KVM_SET_IRQCHIP")
+    return 0
+
+
 cpdef dict save_vm(int fd, uint64_t moment=0):
     """irqchip, PIT and kvmclock of a paused VM, the clock as it was at the moment. Raises HostError."""
     cdef kvm_irqchip chip

@@ -204,8 +204,15 @@ cdef extern from "linux/kvm.h" nogil:
     struct kvm_clock_data:
         uint64_t clock
         uint32_t flags
+    struct kvm_pic_state:
+        uint8_t elcr
+
+    union kvm_irqchip_state:         # C knows it by its member's name only
+        kvm_pic_state pic
+
     struct kvm_irqchip:
         uint32_t chip_id
+        kvm_irqchip_state chip
 
     # The members of kvm_run's unnamed union; C knows them by member name only, never by these type names.
     struct kvm_run_io:

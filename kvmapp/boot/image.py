@@ -106,7 +106,9 @@ class ImageFile:
 
 
 def zero(memory, gpa: int, length: int) -> None:
-    """Clears a range of guest RAM."""
+    """Clears a range of guest RAM; one of nothing may lie behind its end."""
+    if not length:
+        return
     view = memory.view(gpa, length)
     for start in range(0, length, len(ZEROES)):
         count = min(len(ZEROES), length - start)

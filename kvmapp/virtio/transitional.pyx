@@ -10,10 +10,10 @@ queue's doorbell hangs at the notify port as an ioeventfd. Left out: VIRTIO_F_AN
 only legacy drivers know and none needs.
 """
 from kvmapp.abi.posix cimport atomic_load_u32, atomic_store_u32
-from kvmapp.abi.virtio cimport (VIRTIO_ID_9P, VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET, VIRTIO_ID_RNG,
-                                VIRTIO_ID_SCSI)
+from kvmapp.abi.virtio cimport (VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_ID_9P, VIRTIO_ID_BALLOON, VIRTIO_ID_BLOCK,
+                                VIRTIO_ID_CONSOLE, VIRTIO_ID_NET, VIRTIO_ID_RNG, VIRTIO_ID_SCSI)
 from kvmapp.devices cimport Interrupts
-from kvmapp.hw.pci cimport BAR_IO
+from kvmapp.hw.pci cimport BAR_IO, PCI_COMMAND, PCI_COMMAND_MASTER
 from kvmapp.virtio.device cimport VirtioDevice
 from kvmapp.virtio.virtqueue cimport Virtqueue
 
@@ -139,6 +139,10 @@ cdef class TransitionalPci(VirtioPci):
                 self.forget()
             else:
                 self.bind_ports(True)
+            if value == VIRTIO_CONFIG_S_ACKNOWLEDGE | VIRTIO_CONFIG_S_DRIVER and not self.is_bus_master():
+                # Linux before 2.6.34 leaves that to the firmware, which knows nothing of a card that comes later.
+                self.config[PCI_COMMAND] |= PCI_COMMAND_MASTER
+                self.command_changed()
         elif field == CONFIG_VECTOR:
             atomic_store_u32(&self.state.config_vector, self.valid_vector(value))
         elif field == QUEUE_VECTOR and self.selected() != NULL:

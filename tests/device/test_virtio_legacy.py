@@ -122,6 +122,18 @@ def test_a_driver_may_kick_before_driver_ok_and_tell_its_features_later(guest):
     assert driver.device.features == driver.features
 
 
+def test_a_driver_that_never_makes_the_card_a_bus_master_is_served(guest):
+    """Linux before 2.6.34, of a card that came while it ran."""
+    driver = guest.plug(VirtioRng("rng0", guest.memory))
+    driver.poke(4, 2, 3)
+    driver.start()
+    random_bytes(driver.queues[0])
+    driver.set_status(0)
+    driver.poke(4, 2, 3)                                     # as a driver that goes leaves it
+    driver.start()
+    random_bytes(driver.queues[0])
+
+
 def test_a_reset_forgets_the_legacy_driver_and_lets_a_modern_one_in(guest):
     legacy, modern = both(guest, VirtioRng("rng0", guest.memory))
     legacy.start()

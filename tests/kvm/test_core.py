@@ -154,6 +154,19 @@ def test_reset_starts_the_guest_again_from_its_entry(make_vm):
     until(lambda: counter(vm) > 0)
 
 
+def test_cards_lines_of_the_8259_are_level_triggered_and_stay_so(make_vm):
+    def elcr():
+        return vm.save()["chips"]["pic_slave"][8 + 14]       # struct kvm_pic_state, behind chip_id and a filler
+
+    vm = make_vm(SPIN)
+    assert elcr() == 0
+    vm.set_level_triggered()
+    vm.keep_initial()
+    assert elcr() == 1 << 10 - 8 | 1 << 11 - 8
+    vm.reset()
+    assert elcr() == 1 << 10 - 8 | 1 << 11 - 8
+
+
 def test_waiting_vcpus_can_be_paused_and_closed(make_vm):
     vm = make_vm(SPIN, vcpus=4)
     vm.resume()

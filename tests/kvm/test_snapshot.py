@@ -293,3 +293,11 @@ def test_hosts_side_settings_are_those_of_the_table():
         assert keys <= section.settings.keys(), kind
     assert DOMAIN.sections.keys() >= snapshot.HOST_SECTIONS
 
+
+def test_what_may_change_while_the_guest_runs_is_the_host_s_side():
+    """Else a change in between would leave a guest that can be saved no more."""
+    from kvmapp.schema import DOMAIN
+    for kind, section in [("", DOMAIN.top), *DOMAIN.sections.items()]:
+        live = {key for key, setting in section.settings.items() if setting.live}
+        assert kind in snapshot.HOST_SECTIONS or live <= snapshot.HOST_SIDE.get(kind, set()), kind
+

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from kvmapp.boot.image import zero
 from kvmapp.errors import HostError
 from kvmapp.layout import GIB, HIGH_MEMORY_BASE, LOW_MEMORY_END, MIB
 from kvmapp.memory import GuestAddressError, GuestMemory
@@ -93,3 +94,23 @@ def test_memory_of_a_node_stays_bound_after_a_clear(how):
     assert len(bound()) == 1
     del memory
     assert bound() == []
+
+
+def test_memory_that_comes_from_a_file_may_be_merged_as_any_other(tmp_path):
+    (path := tmp_path / "memory").write_bytes(bytes(SIZE))
+    code = f"""if True:
+        import os
+        from kvmapp.memory import GuestMemory
+        memory = GuestMemory({4 * SIZE}, mergeable=True)
+        with open({str(path)!r}, "rb") as file:
+            memory.map_file(file.fileno(), {SIZE}, {SIZE}, 0)
+        whole = open("/proc/self/smaps").read().split("VmFlags:")
+        [flags] = [after.split(chr(10))[0].split() for before, after in zip(whole, whole[1:]) if {str(path)!r} in before]
+        assert "mg" in flags, flags
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[2])
+
+
+def test_nothing_is_cleared_behind_the_end():
+    """What a kernel's last segment leaves to clear when it ends with the memory."""
+    zero(GuestMemory(SIZE), SIZE, 0)
