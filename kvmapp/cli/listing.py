@@ -18,6 +18,7 @@ STATE_FLAGS = {"state_running": ("running",), "state_paused": ("paused",), "stat
       flag("state-running", "those that are running"), flag("state-paused", "those that are paused"),
       flag("state-shutoff", "those that are shut off"), flag("state-other", "those in any other state"),
       flag("autostart", "those marked by autostart"), flag("no-autostart", "those that are not"),
+      flag("waiting", "those that autostart is still to start since the host's boot"),
       flag("uuid", "print UUIDs only"), flag("name", "print names only"), flag("id", "print Ids only"),
       flag("table", "print the table (what is done without another wish)"), flag("title", "print titles too"),
       text="Running domains, in the order of their Ids; with --all the others too, in the order of their names. Conditions of one "
@@ -40,7 +41,8 @@ def chosen(domains: list[dict], given) -> list[dict]:
              if (everything or (one["id"] is None) == inactive)
              and (not states or one["state"] in states)
              and holds(one["persistent"], given.persistent, given.transient)
-             and holds(one["autostart"], given.autostart, given.no_autostart)]
+             and holds(one["autostart"], given.autostart, given.no_autostart)
+             and (one["waiting"] or not given.waiting)]
     return sorted(found, key=lambda one: (one["id"] is None, one["id"] or 0, one["name"]))
 
 

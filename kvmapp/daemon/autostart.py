@@ -1,7 +1,8 @@
 """Domains marked by autostart, started once after each boot of the host, in their order, when what they need is there.
 
 A domain whose disk or bridge is not there yet waits, and says for what, while the others go on; it is started as soon as
-everything is there. Somebody who starts it by hand ends its waiting. Networks marked by autostart come before domains.
+everything is there. Until its turn comes it waits for that. Somebody who starts it by hand ends its waiting. Networks marked by
+autostart come before domains.
 """
 from __future__ import annotations
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from kvmapp.daemon.supervisor import Supervisor
 
 log = logging.getLogger("kvmapp")
+ITS_TURN = ["its turn"]
 LOOK_AGAIN = 1.0                        # seconds between two looks at what is missing
 LOOK_PATIENCE = 5.0                     # seconds for one; a file server that does not answer must not hold up the other domains
 
@@ -65,19 +67,12 @@ class Autostart:
             log.warning("autostart: cannot write %s: %s", self.note, error.strerror)
 
     async def start_all(self) -> None:
-        for name in [domain.name for domain in self.in_order()]:
-            domain = self.supervisor.domains.get(name)          # another one by now, if it was defined anew
-            config = domain.config if domain else None
-            if domain is None or config is None:
-                continue
-            missing = await self.missing_of(domain, config)
-            if missing:
-                self.wait_for(domain, missing)
-            elif await self.start_one(name):
-                await asyncio.sleep(config.autostart_delay)
+        for domain in self.in_order():
+            self.wait_for(domain, ITS_TURN)
+        await self.look_at_all()
         while self.waiting:
             await asyncio.sleep(LOOK_AGAIN)
-            await self.look_again()
+            await self.look_at_all()
         self.state = "done"
         self.write_note(True)
 
@@ -115,30 +110,31 @@ class Autostart:
             return [error.message]
 
     def wait_for(self, domain: Domain, missing: list[str]) -> None:
-        log.info("autostart: domain '%s' waits for %s", domain.name, ", ".join(missing))
-        domain.waiting = self.waiting[domain.name] = {"since": time.time(), "missing": missing}
-        self.supervisor.events.publish("autostart", domain.name, uuid=domain.uuid, type="waiting", detail=", ".join(missing))
+        """Said in the log and as an event when it is more than its turn; the first time only, since the list may change every second."""
+        before = self.waiting.get(domain.name)
+        domain.waiting = self.waiting[domain.name] = {"since": before["since"] if before else time.time(), "missing": missing}
+        if before and before["missing"] == ITS_TURN != missing:
+            log.info("autostart: domain '%s' waits for %s", domain.name, ", ".join(missing))
+            self.supervisor.events.publish("autostart", domain.name, uuid=domain.uuid, type="waiting", detail=", ".join(missing))
 
-    async def look_again(self) -> None:
-        for name, waiting in list(self.waiting.items()):
-            domain = self.supervisor.domains.get(name)
+    async def look_at_all(self) -> None:
+        for name in list(self.waiting):
+            domain = self.supervisor.domains.get(name)          # another one by now, if it was defined anew
             config = domain.config if domain else None
             if domain is None or domain.active or config is None or name not in self.supervisor.store.autostarted:
                 self.stop_waiting(name)
+                self.handle(name)
                 continue
             missing = await self.missing_of(domain, config)
-            if not missing:
-                self.stop_waiting(name)
-                if await self.start_one(name):
-                    await asyncio.sleep(config.autostart_delay)
-            else:
-                domain.waiting = self.waiting[name] = {**waiting, "missing": missing}
+            if missing:
+                self.wait_for(domain, missing)
+            elif await self.start_one(name):
+                await asyncio.sleep(config.autostart_delay)
 
     def stop_waiting(self, name: str) -> None:
         del self.waiting[name]
         if name in self.supervisor.domains:
             self.supervisor.domains[name].waiting = None
-        self.handle(name)
 
     def handle(self, name: str) -> None:
         """It has had its turn."""
@@ -146,8 +142,10 @@ class Autostart:
         self.write_note(False)
 
     async def start_one(self, name: str) -> bool:
+        self.stop_waiting(name)
         domain = self.supervisor.domains.get(name)
         if domain is None or domain.active:
+            self.handle(name)
             return False
         try:
             await start_or_go_on(self.supervisor, domain, "autostart")

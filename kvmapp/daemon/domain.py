@@ -186,7 +186,7 @@ class Domain:
             "memory": config.memory if config else None, "current_memory": self.current_memory(),
             "pid": (self.process.pid if self.process else record.pid) or None if record else None,
             "started": record.started if record else None,
-            "job": self.jobs.current.to_dict() if self.jobs.current else None, "waiting": self.waiting,
+            "job": self.jobs.current.to_dict() if self.jobs.current else None, "waiting": None if self.active else self.waiting,
             "file": stored.path if stored else None, "outdated": self.outdated, "warnings": self.warnings()}
 
     @property

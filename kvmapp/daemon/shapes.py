@@ -65,7 +65,7 @@ ERROR = {**record(code=text("stable, one of errors.py"), message=text(), hint=ma
 JOB = record(verb=text("start, undefine, setmem, ..."), who=text("user and process that asked"), since=number(),
              progress=maybe(text("how far it is, in words")))
 
-WAITING = record(since=number(), missing=list_of(text("for people: bridge br0, disk vda (/data/x.img)")))
+WAITING = record(since=number(), missing=list_of(text("for people: bridge br0, disk vda (/data/x.img), its turn")))
 
 DOMAIN = record(
     name=text(), uuid=maybe(text("null for a broken file")),

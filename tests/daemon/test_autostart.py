@@ -53,6 +53,23 @@ def test_autostart_waits_for_a_disk_and_says_so(host, tmp_path):
     assert host.domain("waits")["waiting"] is None
 
 
+def test_autostart_tells_what_it_is_still_to_start(host):
+    """Until it has started it, or somebody else has: what it has started once is no longer its own."""
+    host.add("early", autostart_order=1, autostart_delay=60)
+    os.makedirs(host.paths.autostart)
+    for name in ("early", "late"):
+        os.symlink(f"../{name}.conf", os.path.join(host.paths.autostart, f"{name}.conf"))
+    host.add("late")
+    host.start()
+    host.eventually(lambda: host.states()["early"] == "running" and not host.domain("early")["job"])
+    host.post("early", "destroy")
+    with host.client() as client:
+        assert list(client.get("/v1/autostart")["waiting"]) == ["late"]
+    assert host.domain("early")["waiting"] is None and host.domain("late")["waiting"]["missing"] == ["its turn"]
+    host.post("late", "start")
+    assert host.domain("late")["waiting"] is None
+
+
 def test_autostart_leaves_a_domain_alone_that_was_defined_anew_and_started(host, tmp_path):
     host.start()
     host.define(f"name = web\nmemory = 64 MiB\n[disk vda]\nsource = {tmp_path}/late.img\n")
@@ -60,7 +77,7 @@ def test_autostart_leaves_a_domain_alone_that_was_defined_anew_and_started(host,
     host.kill()
     os.unlink(os.path.join(host.paths.run, "autostarted"))
     host.start()
-    host.eventually(lambda: host.domain("web")["waiting"])
+    host.eventually(lambda: (host.domain("web")["waiting"] or {}).get("missing") == [f"disk vda ({tmp_path}/late.img)"])
     with host.client() as client:
         client.delete("/v1/domains/web")
     host.define()

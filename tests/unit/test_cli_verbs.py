@@ -40,6 +40,11 @@ LISTS = {
 }
 
 
+def test_list_of_what_autostart_is_still_to_start(daemon, ctl):
+    daemon.add(domain("linuxvm04", autostart=True, waiting={"since": 1.0, "missing": ["its turn"]}), domain("linuxvm05", autostart=True))
+    assert ctl("list", "--all", "--name", "--waiting") == (0, "linuxvm04\n\n", "")
+
+
 @pytest.mark.parametrize("line", LISTS)
 def test_list(ctl, line):
     assert ctl(line) == (0, LISTS[line], "")
