@@ -175,6 +175,38 @@ def test_guests_shut_down_side_by_side_and_start_again(guests, shell, tmp_path):
 
 
 @each_shell
+def test_guests_that_start_while_others_shut_down_are_shut_down_too(guests, shell, tmp_path):
+    """Those that the daemon's autostart had still to start: each is asked once it can be, none twice, and all start again."""
+    Path(guests["KVMAPPCTL"]).write_text(LATE)
+    (tmp_path / "sleep").symlink_to(shutil.which("true"))
+    status, said, complaint = run(shell, "kvmapp-guests", "stop", **guests, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert (status, complaint) == (0, "")
+    assert said.splitlines()[1:] == ["  web: error: Domain 'web' still runs", "  late: shut down"]
+    asked = (tmp_path / "log").read_text().splitlines()
+    assert [line for line in asked if line.startswith("shutdown")] == [f"shutdown {one}{UUID} --timeout 7" for one in "allll"]
+    assert (tmp_path / "state" / "ran").read_text() == f"a{UUID} web\nl{UUID} late\n"
+
+
+LATE = """#!/bin/sh
+printf '%s\\n' "$*" >>"$CTL_LOG"
+U=0000000-1111-4222-8333-444444444444
+times=$(grep -c "^shutdown l" "$CTL_LOG")
+fail() { printf '%s\\n' "error: Failed to shutdown domain" "error: $1" "hint: wait" >&2; exit 1; }
+case $* in
+    list\\ --uuid*) echo "a$U web"
+                   [ "$times" = 4 ] || ! grep -q ^shutdown "$CTL_LOG" || echo "l$U late"
+                   echo ;;
+    shutdown\\ a*) fail "Domain 'web' still runs" ;;
+    shutdown\\ l*) case $times in
+                      1) fail "Domain 'late' is just being started" ;;
+                      2) fail "Cannot shutdown domain 'late': job 'start' of autostart holds it since 10:00:00 (0 s)" ;;
+                      3) fail "Cannot shutdown domain 'late': job 'restore' of autostart holds it since 10:00:00 (0 s)" ;;
+                  esac ;;
+esac
+"""
+
+
+@each_shell
 def test_a_list_of_names_is_started_too(guests, shell, tmp_path):
     """As an earlier kvmapp left it."""
     (tmp_path / "state").mkdir()
