@@ -305,6 +305,40 @@ def test_what_ran_is_not_forgotten_while_the_daemon_does_not_answer(guests, shel
     assert ran.read_text() == "web\n"
 
 
+@each_shell
+def test_a_daemon_that_hangs_does_not_hold_up_the_host(guests, shell, tmp_path):
+    Path(guests["KVMAPPCTL"]).write_text("#!/bin/sh\nexec sleep 600\n")
+    Path(guests["KVMAPP_GUESTS_SETTINGS"]).write_text("ANSWER_TIMEOUT=1\n")
+    guests |= {"KVMAPP_GUESTS_DAEMON": "true", "KVMAPP_GUESTS_DOMAINS": str(tmp_path / "domains")}
+    (tmp_path / "domains" / "web").mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as control:
+        control.bind(str(tmp_path / "domains" / "web" / "control.sock"))
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "ran").write_text("web\n")
+    assert "the daemon does not answer; once it runs: " in run(shell, "kvmapp-guests", "start", **guests)[2]
+    assert run(shell, "kvmapp-guests", "stop", **guests) == (
+        0, "", "kvmapp's domains cannot be shut down: the daemon does not answer\n")
+    assert (tmp_path / "state" / "ran").read_text() == "web\n"
+
+
+@each_shell
+def test_a_daemon_that_hangs_at_a_shutdown_is_told(guests, shell):
+    ctl = Path(guests["KVMAPPCTL"])
+    ctl.write_text(CTL.replace("a$U | b$U) ;;", "a$U) ;;\n                  b$U) exec sleep 600 ;;"))
+    Path(guests["KVMAPP_GUESTS_SETTINGS"]).write_text("SHUTDOWN_TIMEOUT=1\nANSWER_TIMEOUT=1\n")
+    said = run(shell, "kvmapp-guests", "stop", **guests)[1].splitlines()
+    assert "  web: shut down" in said and "  old server: error: the daemon does not answer" in said
+
+
+@each_shell
+def test_a_host_without_timeout(guests, shell, tmp_path):
+    """Or with one of other words, as busybox had it."""
+    (tmp_path / "timeout").write_text("#!/bin/sh\nexit 127\n")
+    (tmp_path / "timeout").chmod(0o755)
+    said = run(shell, "kvmapp-guests", "stop", **guests, PATH=f"{tmp_path}:{os.environ['PATH']}")[1]
+    assert "  web: shut down\n" in said
+
+
 def unit_settings():
     for unit in (ROOT / "init/systemd").iterdir():
         for line in unit.read_text().splitlines():
