@@ -38,6 +38,8 @@ HOME = "/var/lib/kvmapp"
 GUESTS_THAT_RAN = "var/lib/kvmapp/guests-that-ran"      # init/kvmapp-guests starts them
 UNIT_FOLDERS = ("usr/lib/systemd/system", "lib/systemd/system", "etc/systemd/system")    # the last one where /usr is read-only
 SYSTEMD = "/run/systemd/system"         # there where it runs
+SERVICES = ("kvmapp", "kvmapp-guests")
+TO_ENABLE = "to enable"                 # in the manifest, beside the paths: what a setup that was killed had still to enable
 SCRIPT, SHELL = "/etc/init.d/kvmapp", "/bin/sh"
 # Folder, mode. Domain files may hold secrets; images are reached by name only.
 FOLDERS = (("etc/kvmapp", 0o755), ("etc/kvmapp/domains", 0o700), ("etc/kvmapp/domains/autostart", 0o700),
@@ -79,12 +81,17 @@ class Setup:
             self.make_user()
             for folder, mode in FOLDERS:
                 self.make_folder(folder, mode)
+            new = self.new_services()
+            if enable and self.here and new:
+                self.note(TO_ENABLE, " ".join(new))
             self.lay_program()
             for name, source, mode in self.files():
                 with open(source, "rb") as file:
                     self.lay(name, file.read().replace(b"/usr/sbin/kvmapp", os.fsencode(f"{self.commands}/kvmapp")), mode)
             if enable and self.here:
-                self.enable()
+                self.enable(new)
+            if not self.failed:
+                self.forget(TO_ENABLE)
 
     def remove(self) -> None:
         """Everything that install laid down and nobody changed; never what domains need to be found again."""
@@ -95,6 +102,7 @@ class Setup:
         self.stand_below(next((name.removesuffix(command) for name in self.noted if name.endswith(command)), self.usr))
         if self.here:
             self.disable()
+        self.noted.pop(TO_ENABLE, None)
         for name, checksum in sorted(self.noted.items()):
             path = self.path(name)
             if noted_as(path, checksum) == checksum:
@@ -164,7 +172,7 @@ class Setup:
     def files(self) -> list[tuple[str, str, int]]:
         """What is copied: where to, where from, mode."""
         found = [(f"etc/kvmapp/{name}", path, 0o644 if name.count("/") == 0 else 0o600) for name, path in tree("conf")]
-        found += [(f"etc/init.d/{name}", os.path.join(SOURCES, "init", name), 0o755) for name in ("kvmapp", "kvmapp-guests")]
+        found += [(f"etc/init.d/{name}", os.path.join(SOURCES, "init", name), 0o755) for name in SERVICES]
         folders = [folder for folder in UNIT_FOLDERS if os.path.isdir(self.path(folder))]
         units = next((folder for folder in folders if os.access(self.path(folder), os.W_OK)), None)
         if units:
@@ -233,7 +241,14 @@ class Setup:
         """At once, so that a setup that is killed leaves nothing it does not know of."""
         if self.noted.get(name) != checksum:
             self.noted[name] = checksum
-            self.write(self.path(MANIFEST), (json.dumps(self.noted, indent=1, sort_keys=True) + "\n").encode(), 0o644)
+            self.write_manifest()
+
+    def forget(self, name: str) -> None:
+        if self.noted.pop(name, None) is not None:
+            self.write_manifest()
+
+    def write_manifest(self) -> None:
+        self.write(self.path(MANIFEST), (json.dumps(self.noted, indent=1, sort_keys=True) + "\n").encode(), 0o644)
 
     # The user: domain processes run as kvmapp in kvmapp-guest; members of kvmapp may command the daemon.
 
@@ -289,17 +304,28 @@ class Setup:
 
     # Starting with the host.
 
-    def enable(self) -> None:
-        """Both services, by whatever keeps services here."""
+    def new_services(self) -> list[str]:
+        """The units and scripts that no setup before has brought. What one has brought, an administrator may have disabled since."""
+        there = {os.path.basename(name) if name.endswith(".service") else name for name in self.noted}
+        names = [f"{name}.service" for name in SERVICES] + [f"etc/init.d/{name}" for name in SERVICES]
+        unfinished = self.noted.get(TO_ENABLE, "").split()
+        return [name for name in names if name not in there or name in unfinished]
+
+    def enable(self, new: list[str]) -> None:
+        """What is new of both services, by whatever keeps services here."""
+        units = [f"{name}.service" for name in SERVICES if f"{name}.service" in new]
+        scripts = [name for name in SERVICES if f"etc/init.d/{name}" in new]
         if os.path.isdir(SYSTEMD):
             self.call("systemctl", "daemon-reload")
-            self.call("systemctl", "enable", "kvmapp.service", "kvmapp-guests.service")
-            self.begin_guests()
+            if units:
+                self.call("systemctl", "enable", *units)
+            if "kvmapp-guests.service" in units:
+                self.begin_guests()
         elif shutil.which("chkconfig"):
-            for name in ("kvmapp", "kvmapp-guests"):
+            for name in scripts:
                 self.call("chkconfig", "--add", name)
         elif shutil.which("update-rc.d"):
-            for name in ("kvmapp", "kvmapp-guests"):
+            for name in scripts:
                 self.call("update-rc.d", name, "defaults")
         else:
             self.say("start it with the host by /etc/init.d/kvmapp start: neither systemd, chkconfig nor update-rc.d is here")
@@ -315,7 +341,7 @@ class Setup:
         """Neither now nor with the host; guests run on."""
         if os.access(SCRIPT, os.X_OK) and runs():
             self.call(*self.daemon("stop"))
-        names = ("kvmapp-guests", "kvmapp")
+        names = SERVICES[::-1]
         if os.path.isdir(SYSTEMD):
             self.call("systemctl", "disable", *(f"{name}.service" for name in names))
         elif shutil.which("chkconfig"):
@@ -377,8 +403,8 @@ def quoted(text: str) -> str:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvmapp setup", description="Lays kvmapp down on this host: folders, configuration, init "
                                      "scripts, the user that guests run as. Changed files are kept, domains never touched. Over another "
-                                     "version it replaces the daemon; guests run on under the version that started them until their "
-                                     "next start.")
+                                     "version it replaces the daemon, and enables nothing that was disabled; guests run on under the "
+                                     "version that started them until their next start.")
     parser.add_argument("--root", default="/", metavar="DIR", help="below DIR instead, for an image that is being built")
     parser.add_argument("--prefix", default="/usr", metavar="DIR", help="where lib/kvmapp, sbin and share stand (default: /usr)")
     parser.add_argument("--no-enable", action="store_true", help="do not make it start with the host")

@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -196,13 +197,64 @@ def test_under_systemd_guests_end_with_the_host_from_the_first_boot_on(root, mon
     monkeypatch.setattr(Setup, "call", lambda self, *words: called.append(words))
     start = ("systemctl", "start", "--job-mode=ignore-dependencies", "kvmapp-guests.service")
     one = Setup(str(root), print)
-    one.enable()
+    units = ["kvmapp.service", "kvmapp-guests.service"]
+    one.enable(units)
     assert called == [("systemctl", "daemon-reload"), ("systemctl", "enable", "kvmapp.service", "kvmapp-guests.service"), start]
     (root / "var/lib/kvmapp").mkdir(parents=True)
     (root / install.GUESTS_THAT_RAN).write_text("web\n")
-    one.enable()
+    one.enable(units)
     assert called.count(start) == 1
     assert f":-/{install.GUESTS_THAT_RAN}}}" in Path(install.SOURCES, "init/kvmapp-guests").read_text()
+
+
+@pytest.fixture(params=["systemd", "chkconfig", "update-rc.d"])
+def enabling(root, monkeypatch, request):
+    """A setup of the running host, kept by each of them in turn: what it enables."""
+    called = []
+    monkeypatch.setattr(Setup, "here", True)
+    monkeypatch.setattr(Setup, "make_user", lambda self: None)
+    monkeypatch.setattr(Setup, "call", lambda self, *words: called.append(words))
+    monkeypatch.setattr(install, "SYSTEMD", str(root) if request.param == "systemd" else "/nonexistent")
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == request.param else None)
+
+    def enabled(**more):
+        called.clear()
+        setup(root, **more)
+        return [" ".join(words) for words in called if words[1:2] != ("daemon-reload",)]
+    everything = {"systemd": ["systemctl enable kvmapp.service kvmapp-guests.service",
+                              "systemctl start --job-mode=ignore-dependencies kvmapp-guests.service"],
+                  "chkconfig": ["chkconfig --add kvmapp", "chkconfig --add kvmapp-guests"],
+                  "update-rc.d": ["update-rc.d kvmapp defaults", "update-rc.d kvmapp-guests defaults"]}[request.param]
+    return SimpleNamespace(by=enabled, all=everything)
+
+
+def test_an_upgrade_enables_nothing_that_was_disabled(enabling):
+    assert enabling.by(enable=True) == enabling.all
+    assert enabling.by(enable=True) == []
+    assert enabling.by(enable=False) == []
+
+
+def test_who_did_not_want_it_enabled_is_not_overruled_by_an_upgrade(enabling):
+    assert enabling.by(enable=False) == enabling.by(enable=True) == []
+
+
+def test_what_a_setup_that_was_cut_or_failed_left_the_next_one_enables(enabling, monkeypatch):
+    def fail(self, new):
+        self.failed = True
+
+    class Cut(BaseException):
+        pass
+
+    def cut(self, new):
+        raise Cut
+    with monkeypatch.context() as patched:
+        patched.setattr(Setup, "enable", fail)
+        assert enabling.by(enable=True) == []
+        patched.setattr(Setup, "enable", cut)
+        with pytest.raises(Cut):
+            enabling.by(enable=True)
+    assert enabling.by(enable=True) == enabling.all
+    assert enabling.by(enable=True) == []
 
 
 def test_as_somebody_else_it_says_what_it_needs(monkeypatch):
