@@ -42,10 +42,11 @@ def require_terminal() -> None:
         raise HostError("Cannot run interactive console without a controlling TTY")
 
 
-def attach(session, name: str, device: str | None = None, force: bool = False) -> int:
-    """Until the user leaves or the guest ends. Raises KvmappError."""
+def attach(session, reference: str, device: str | None = None, force: bool = False, name: str | None = None) -> int:
+    """Until the user leaves or the guest ends. `name`: where `reference` is none, for when the daemon is away. Raises KvmappError."""
     leave = escape_byte(session.escape)
-    detail, config = known_of(session, name)
+    name = name or reference
+    detail, config = known_of(session, reference, name)
     if detail and detail["id"] is None:
         raise DomainNotRunning("The domain is not running", f"kvmappctl start {detail['name']} --console")
     control = detail["control"] if detail else control_without_daemon(session, name)
@@ -86,11 +87,11 @@ def escape_line(text: str) -> str:
     return f"Escape character is {text}" + (f" (Ctrl + {text[1:]})" if len(text) == 2 else "")
 
 
-def known_of(session, name: str) -> tuple[dict | None, dict | None]:
+def known_of(session, reference: str, name: str) -> tuple[dict | None, dict | None]:
     """What the daemon says of the domain and of its configuration; None when it is away."""
     try:
-        detail = session.daemon.get(of(name))
-        return detail, session.daemon.get(of(detail["name"], "config"))["config"] if detail["id"] is not None else None
+        detail = session.daemon.get(of(reference))
+        return detail, session.daemon.get(of(detail["uuid"], "config"))["config"] if detail["id"] is not None else None
     except ConnectionFailed:
         if not os.path.exists(control_without_daemon(session, name)):
             raise

@@ -32,9 +32,9 @@ def start(session, given):
 
 
 def open_after(session, changed: dict) -> int:
-    """What --console asks for, once the domain is there."""
+    """What --console asks for, once the domain is there. By its UUID: its name may be another domain's Id."""
     from kvmapp.cli.console import attach
-    return attach(session, changed["domain"]["name"])
+    return attach(session, changed["domain"]["uuid"], name=name_of(changed))
 
 
 @verb("shutdown", "ask the guest to shut down", domain(complete="active"), MODE,

@@ -16,7 +16,7 @@ from kvmapp.cli.complete import candidates, candidates_of_line
 from kvmapp.cli.session import Session
 from kvmapp.errors import ConfigError
 from tests.kvmappctl import KVMAPPCTL
-from tests.unit.canned_daemon import CannedDaemon, domain, stats
+from tests.unit.canned_daemon import UUID, CannedDaemon, domain, stats
 from tests.unit.terminal import OnTerminal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,7 +197,7 @@ def console(daemon, tmp_path):
     """linuxvm01 with a console; further arguments are GuestConsole's."""
     def make(kernel=None, cmdline="", state="running", **more):
         daemon.add(domain("linuxvm01", 1, control=str(tmp_path / "control"), state=state))
-        daemon.answers["GET", "/v1/domains/linuxvm01/config"] = {**CONFIG, "config": {"boot": {"kernel": kernel, "cmdline": cmdline}}}
+        daemon.answers["GET", f"/v1/domains/{UUID}1/config"] = {**CONFIG, "config": {"boot": {"kernel": kernel, "cmdline": cmdline}}}
         return GuestConsole(tmp_path / "control", **more)
     return make
 
@@ -304,6 +304,25 @@ def test_start_with_console(terminal, daemon, console):
         screen.expect("login: ")
         screen.type("\x1d")
         assert screen.status() == 0
+
+
+@pytest.mark.parametrize(("line", "asked"), [(f"start {UUID}9 --console", f"/v1/domains/{UUID}9/start"),
+                                             ("create {file} --console", "/v1/domains")])
+def test_start_and_create_attach_to_what_they_started(terminal, daemon, tmp_path, line, asked):
+    """Not to another domain whose Id is its name: a password may be typed there."""
+    daemon.add(domain("linuxvm01", 3, control=str(tmp_path / "other")), domain("3", 7, uuid=f"{UUID}9", control=str(tmp_path / "control")))
+    more = {"created": True, "made": []} if asked == "/v1/domains" else {}
+    daemon.answers["POST", asked] = {"domain": daemon.domains["3"], "warnings": [], **more}
+    daemon.answers["GET", f"/v1/domains/{UUID}9/config"] = CONFIG
+    other = GuestConsole(tmp_path / "other")
+    GuestConsole(tmp_path / "control")
+    (tmp_path / "3.conf").write_text("name = 3\nmemory = 64 MiB\n")
+    with terminal(*line.format(file=tmp_path / "3.conf").split()) as screen:
+        screen.expect("Connected to domain '3'")
+        screen.expect("login: ")
+        screen.type("\x1d")
+        assert screen.status() == 0
+    assert other.asked == b""
 
 
 def test_start_with_console_needs_a_terminal_before_it_starts(daemon):
