@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # keyword of the group: its title, and module → verbs
 GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
     "domain": ("Domain Management", {
-        "lifecycle": ("autostart", "destroy", "reboot", "reset", "resume", "shutdown", "start", "suspend", "wait"),
+        "lifecycle": ("autostart", "autostart-stop", "destroy", "reboot", "reset", "resume", "shutdown", "start", "suspend", "wait"),
         "definition": ("create", "define", "desc", "domrename", "dumpconf", "dumpxml", "undefine"),
         "editing": ("edit",),
         "saving": ("managedsave", "managedsave-remove", "restore", "save"),

@@ -1,4 +1,4 @@
-"""The life of a domain: start, shutdown, reboot, reset, destroy, suspend, resume, autostart, wait.
+"""The life of a domain: start, shutdown, reboot, reset, destroy, suspend, resume, autostart, autostart-stop, wait.
 
 What is said after each is what virsh says, without quotes around the name.
 """
@@ -92,6 +92,15 @@ def resume(session, given):
 def autostart(session, given):
     changed = session.daemon.post(of(given.domain, "autostart"), enabled=not given.disable)
     session.done(changed, f"Domain {name_of(changed)} {'unmarked' if given.disable else 'marked'} as autostarted")
+
+
+@verb("autostart-stop", "have autostart start no further domain until the host's next boot",
+      text="For the host's end: `list --all --waiting` has those that it is still to start. They keep their mark.",
+      failure="Failed to stop autostart")
+def autostart_stop(session, given):
+    stopped = session.daemon.post("/v1/autostart/stop")
+    left = f"; left off: {', '.join(stopped['left'])}" if stopped["left"] else ""
+    session.done(stopped, f"Autostart stopped until the host's next boot{left}")
 
 
 @verb("wait", "wait for a domain to come into a state", domain(),

@@ -119,6 +119,8 @@ class Autostart:
 
     async def look_at_all(self) -> None:
         for name in list(self.waiting):
+            if name not in self.waiting:                        # stopped meanwhile
+                continue
             domain = self.supervisor.domains.get(name)          # another one by now, if it was defined anew
             config = domain.config if domain else None
             if domain is None or domain.active or config is None or name not in self.supervisor.store.autostarted:
@@ -126,6 +128,8 @@ class Autostart:
                 self.handle(name)
                 continue
             missing = await self.missing_of(domain, config)
+            if name not in self.waiting:
+                continue
             if missing:
                 self.wait_for(domain, missing)
             elif await self.start_one(name):
@@ -167,6 +171,14 @@ class Autostart:
         self.failed[name] = why
         self.handle(name)
         self.supervisor.events.publish("autostart", name, type="failed", detail=why)
+
+    def stop(self) -> list[str]:
+        """What is not begun yet is left off until the host's next boot: which."""
+        left = list(self.waiting)
+        for name in left:
+            self.stop_waiting(name)
+            self.handle(name)
+        return left
 
     def to_dict(self) -> dict[str, object]:
         return {"state": self.state, "started": self.started, "failed": self.failed,

@@ -55,6 +55,10 @@ async def autostart_status(call: Call) -> dict:
     return call.daemon.autostart.to_dict()
 
 
+async def autostart_stop(call: Call) -> dict:
+    return {"left": call.daemon.autostart.stop()}
+
+
 async def node(_call: Call) -> dict:
     return hostinfo.node_info()
 

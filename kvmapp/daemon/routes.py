@@ -31,6 +31,7 @@ ROUTES = (
     Route("GET", "/v1/daemon", "daemon", "Daemon", "The daemon itself."),
     Route("POST", "/v1/daemon/reload", "reload", "Reloaded", "Read every file of the configuration again."),
     Route("GET", "/v1/autostart", "autostart_status", "Autostart", "What became of the domains marked by autostart."),
+    Route("POST", "/v1/autostart/stop", "autostart_stop", "AutostartStopped", "Start no further one of them until the host's next boot."),
     Route("GET", "/v1/node", "node", "Node", "The host: nodeinfo."),
     Route("GET", "/v1/node/cpustats", "node_cpustats", "CpuStats", "Time of the host's CPUs since its boot.",
           query={"cpu": shapes.whole("this one only"), "all": shapes.yes_no("each one, after the sum")}),

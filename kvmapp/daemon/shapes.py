@@ -209,6 +209,8 @@ DAEMON = record(pid=whole(), version=text(), started=number(), access=one_of("fu
 AUTOSTART = record(state=one_of("none", "running", "done"), started=list_of(text()), failed=map_of(text()),
                    waiting=map_of(ref("Waiting")))
 
+AUTOSTART_STOPPED = record(left=list_of(text("a domain that it had still to start")))
+
 RELOADED = record(domains=whole(), broken=list_of(text()), warnings=list_of(text()))
 
 LOG = record(file=text(), lines=list_of(text()))
@@ -246,7 +248,8 @@ SCHEMAS: dict[str, Shape] = {
     "MemorySet": MEMORY_SET, "Vcpu": VCPU, "Vcpus": VCPUS, "Tuning": TUNING, "DiskStats": DISK_STATS, "InterfaceStats": INTERFACE_STATS,
     "BalloonStats": BALLOON_STATS, "Stats": STATS, "AllStats": ALL_STATS,
     "Waited": WAITED, "Event": EVENT, "Node": NODE, "CpuStats": CPU_STATS, "MemoryStats": MEMORY_STATS,
-    "Capabilities": CAPABILITIES, "Version": VERSION, "Daemon": DAEMON, "Autostart": AUTOSTART, "Reloaded": RELOADED, "Log": LOG,
+    "Capabilities": CAPABILITIES, "Version": VERSION, "Daemon": DAEMON, "Autostart": AUTOSTART,
+    "AutostartStopped": AUTOSTART_STOPPED, "Reloaded": RELOADED, "Log": LOG,
     "Network": NETWORK, "Networks": NETWORKS, "NetworkChanged": NETWORK_CHANGED, "NetworkDefined": NETWORK_DEFINED,
     "NetworkUndefined": NETWORK_UNDEFINED, "Lease": LEASE, "Leases": LEASES, "Addresses": ADDRESSES,
 }

@@ -70,6 +70,28 @@ def test_autostart_tells_what_it_is_still_to_start(host):
     assert host.domain("late")["waiting"] is None
 
 
+def test_autostart_that_is_stopped_starts_no_further_domain(host, tmp_path):
+    """None that waits for its turn, and none that waits for a disk; nor does the next daemon of this boot."""
+    image = tmp_path / "late.img"
+    host.add("early", autostart_order=1, autostart_delay=60)
+    host.add("waits", autostart_order=0, rest=f"[disk vda]\nsource = {image}\n")
+    host.add("late")
+    os.makedirs(host.paths.autostart)
+    for name in ("early", "late", "waits"):
+        os.symlink(f"../{name}.conf", os.path.join(host.paths.autostart, f"{name}.conf"))
+    host.start()
+    host.eventually(lambda: host.states()["early"] == "running" and not host.domain("early")["job"])
+    with host.client() as client:
+        assert client.post("/v1/autostart/stop") == {"left": ["waits", "late"]}
+        assert client.post("/v1/autostart/stop") == {"left": []} and client.get("/v1/autostart")["waiting"] == {}
+    image.write_bytes(b"\0" * 512)
+    host.kill()
+    host.start()
+    with host.client() as client:
+        host.eventually(lambda: client.get("/v1/autostart")["state"] == "done")
+    assert host.states() == {"early": "running", "late": "shut off", "waits": "shut off"} and host.domain("late")["autostart"]
+
+
 def test_autostart_leaves_a_domain_alone_that_was_defined_anew_and_started(host, tmp_path):
     host.start()
     host.define(f"name = web\nmemory = 64 MiB\n[disk vda]\nsource = {tmp_path}/late.img\n")
@@ -110,6 +132,27 @@ def test_a_start_that_fails_in_no_known_way_is_no_end_of_the_others(waiting, mon
     monkeypatch.setattr(autostart, "start_or_go_on", start)
     asyncio.run(waiting.start_all())
     assert waiting.state == "done" and waiting.started == ["good"] and "Read-only file system" in waiting.failed["bad"]
+
+
+@pytest.mark.parametrize("moment", ["look", "start"])
+def test_autostart_is_stopped_at_any_moment(waiting, monkeypatch, moment):
+    """What it is about to start is left off; what it is at comes up."""
+    async def look(domain, config):
+        if moment == "look":
+            waiting.stop()
+        return []
+
+    async def start(supervisor, domain, who):
+        waiting.stop()
+
+    config = DomainConfig.from_dict({"name": "x", "memory": 64 << 20, "autostart_delay": 0})
+    domains = {name: SimpleNamespace(name=name, uuid=None, active=False, config=config) for name in ("first", "second")}
+    waiting.supervisor.domains, waiting.supervisor.store = domains, SimpleNamespace(autostarted=set(domains), files=domains)
+    waiting.supervisor.events = SimpleNamespace(publish=lambda *_, **more: None)
+    monkeypatch.setattr(waiting, "missing_of", look)
+    monkeypatch.setattr(autostart, "start_or_go_on", start)
+    asyncio.run(waiting.start_all())
+    assert (waiting.state, waiting.started, waiting.waiting) == ("done", ["first"] if moment == "start" else [], {})
 
 
 @pytest.fixture

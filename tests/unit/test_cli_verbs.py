@@ -194,6 +194,13 @@ def test_node_verbs(daemon, ctl):
     assert daemon.requests[-1] == ("GET", "/v1/node/cpustats", {"cpu": "7"})
 
 
+def test_autostart_stop(daemon, ctl):
+    daemon.answers["POST", "/v1/autostart/stop"] = {"left": ["linuxvm02", "linuxvm03"]}
+    assert ctl("autostart-stop") == (0, "Autostart stopped until the host's next boot; left off: linuxvm02, linuxvm03\n\n", "")
+    daemon.answers["POST", "/v1/autostart/stop"] = {"left": []}
+    assert ctl("autostart-stop") == (0, "Autostart stopped until the host's next boot\n\n", "")
+
+
 def test_version_and_reload(daemon, ctl):
     daemon.answers["GET", "/v1/version"] = {"kvmapp": "9.9.9", "api": 1, "python": "3.11.2", "kernel": "6.1.0"}
     assert ctl("version", "--daemon")[1] == (
