@@ -45,15 +45,15 @@ async def interface_attach(call: Call) -> dict:
             change_live(domain, add)
         if config:
             change_cards(call, domain, add)
-        return changed(call, domain, card_of(after[0], index))
+        return changed(call, domain, card_of(after[0], index), live)
 
 
 async def interface_detach(call: Call) -> dict:
     domain = call.domain()
     with domain.jobs.hold("detach-interface", call.who):
         live, config = chosen(call, domain)
-        found = [find(domain, one, call.body) for one in configs(domain, live, config)]
-        view = changed(call, domain, found[0])
+        found = find(domain, configs(domain, live, config), call.body)
+        view = changed(call, domain, found[0], live)
         if live:
             await unplug(domain, found[0], view["warnings"])
         if config:
@@ -66,7 +66,7 @@ async def interface_update(call: Call) -> dict:
     with domain.jobs.hold("update-interface", call.who):
         live, config = chosen(call, domain)
         targets = configs(domain, live, config)
-        before = [find(domain, one, call.body) for one in targets]
+        before = find(domain, targets, call.body)
         settings = parsed(SECTION, str(before[0].index), call.body.get("settings", {}))
         fixed = [key for key in settings if not SECTION.settings[key].live]
         if live and fixed:
@@ -82,7 +82,7 @@ async def interface_update(call: Call) -> dict:
             change_live(domain, alter(before[0]))
         if config:
             change_cards(call, domain, alter(before[-1]))
-        return changed(call, domain, card_of(after[0], before[0].index))
+        return changed(call, domain, card_of(after[0], before[0].index), live)
 
 
 # Which configurations, and which card of them.
@@ -124,10 +124,16 @@ def free_index(targets: list[DomainConfig]) -> int:
     return next(index for index in range(len(taken) + 1) if index not in taken)
 
 
-def find(domain: Domain, config: DomainConfig, body: dict) -> InterfaceConfig:
+def find(domain: Domain, targets: list[DomainConfig], body: dict) -> list[InterfaceConfig]:
+    """The card of each of them. In the second it is the one with the same MAC address: an index may be another card's there."""
+    first = find_one(domain, targets[0], body)
+    return [first, *(find_one(domain, one, {"interface": first.mac}) for one in targets[1:])]
+
+
+def find_one(domain: Domain, config: DomainConfig, body: dict) -> InterfaceConfig:
     """By MAC address or by the tap's name; by type alone where there is one of it. virsh's words."""
     name, kind = body.get("interface"), body.get("type")
-    taps = {one.index: (domain.record.taps if domain.record else {}).get(str(one.index), one.target) for one in config.interfaces}
+    names = targets_of(domain, config)
     cards = [one for one in config.interfaces if kind in (None, one.type)]
     if not cards and kind is not None:
         raise UsageError(f"No interface found whose type is {kind}", f"kvmappctl domiflist {domain.name}")
@@ -136,15 +142,26 @@ def find(domain: Domain, config: DomainConfig, body: dict) -> InterfaceConfig:
             raise UsageError(f"Domain has {len(cards)} interfaces. Please specify which one to detach using --mac",
                              f"it has: {', '.join(one.mac for one in cards)}")
         return cards[0]
-    found = next((one for one in cards if name.lower() == one.mac or name == taps[one.index]), None)
+    found = next((one for one in cards if name.lower() == one.mac or name == names[one.mac]), None)
     if found is None:
         what = f"No interface with MAC address {name} was found" if ":" in name else f"interface (target: {name}) not found"
-        raise UsageError(what, "it has: " + (", ".join(f"{taps[one.index] or '-'} ({one.mac})" for one in cards) or "none"))
+        if config is not domain.live and domain.active:
+            what += " in the domain's file"
+        raise UsageError(what, "it has: " + (", ".join(f"{names[one.mac] or '-'} ({one.mac})" for one in cards) or "none"))
     return found
 
 
-def changed(call: Call, domain: Domain, card: InterfaceConfig) -> dict:
-    return {**call.changed(domain), "interface": interface_view(card, domain.record.taps if domain.record else {})}
+def targets_of(domain: Domain, config: DomainConfig) -> dict[str, str | None]:
+    """By MAC address. A tap that is there is the running card's, also in the file, where its index may be another card's."""
+    names = {one.mac: one.target for one in config.interfaces}
+    taps = domain.record.taps if domain.record else {}
+    there = {one.mac: taps[str(one.index)] for one in (domain.live.interfaces if domain.live else ()) if str(one.index) in taps}
+    return {mac: there.get(mac, None if name in there.values() else name) for mac, name in names.items()}
+
+
+def changed(call: Call, domain: Domain, card: InterfaceConfig, live: bool) -> dict:
+    """`live`: the card is the running domain's; another one's tap has nothing to do with it."""
+    return {**call.changed(domain), "interface": interface_view(card, domain.record.taps if live and domain.record else {})}
 
 
 # The running domain.

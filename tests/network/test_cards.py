@@ -25,7 +25,7 @@ needs_rates = needs("HTB and police actions",
                     "ip tuntap add t0 mode tap && tc qdisc add dev t0 root handle 1: htb && tc qdisc add dev t0 handle ffff: ingress"
                     " && tc filter add dev t0 parent ffff: protocol all prio 1 u32 match u32 0 0 police rate 1mbit burst 10k drop")
 
-MAC, OTHER = "52:54:00:00:00:01", "52:54:00:00:00:02"
+MAC, OTHER, THIRD = "52:54:00:00:00:01", "52:54:00:00:00:02", "52:54:00:00:00:03"
 OWN, FOREIGN = "192.168.122.10", "192.168.122.20"
 LOCAL = "fe80::5054:ff:fe00:1"                  # made of MAC, as RFC 4291 says
 
@@ -244,6 +244,30 @@ def test_a_tap_has_its_bridges_mtu_and_goes_with_its_guest(host):
     assert (link["mtu"], link["address"], link["master"]) == (1400, "fe" + MAC[2:], "br0")
     host.post("web", "destroy")
     host.eventually(lambda: host.traces() == before, "a host as it was")
+
+
+def test_a_taps_name_means_no_other_card_of_the_file(host):
+    """One that was attached to the running domain alone and one of the file alone have one index."""
+    bridge(host)
+    host.start()
+    card(host)
+    new = {"type": "bridge", "source": "br0"}
+    tap = host.post("web", "interfaces", settings={**new, "mac": OTHER}, live=True)["interface"]["target"]
+    third = host.post("web", "interfaces", settings={**new, "mac": THIRD, "target": "lan7"}, config=True)["interface"]
+    assert (tap, third["index"], third["target"]) == ("vnet1", 1, "lan7")
+    both, file = {"live": True, "config": True}, {"config": True}
+    for verb, more in ("detach", both), ("detach", {"persistent": True}), ("detach", file), ("update", both), ("update", file):
+        settings = {"settings": {"link": "down"}} if verb == "update" else {}
+        with pytest.raises(errors.UsageError, match="in the domain's file"):
+            host.post("web", "interfaces", verb, interface=tap, **settings, **more)
+    text = host.file("web").read_text()
+    assert THIRD in text and "link" not in text and is_in(host, tap, "br0")
+    host.post("web", "interfaces", settings={**new, "mac": OTHER}, config=True)
+    host.post("web", "interfaces", "update", interface=tap, settings={"link": "down"}, **both)
+    assert host.file("web").read_text().partition(OTHER)[2].strip().splitlines()[-1] == "link = down"
+    host.post("web", "interfaces", "detach", interface=tap, config=True)
+    text = host.file("web").read_text()
+    assert MAC in text and THIRD in text and OTHER not in text
 
 
 def test_what_stands_in_a_cards_way_is_named(host):

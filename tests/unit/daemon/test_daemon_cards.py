@@ -78,6 +78,21 @@ def test_which_card_is_meant(running):
     assert list(cards(running)) == [MAC]
 
 
+def test_a_card_of_the_file_is_no_other_than_the_running_domains(running):
+    """Those that were attached to one of the two alone have one index."""
+    running.add("web", uuid=UUID)
+    running.post("web", "start")
+    live = running.post("web", "interfaces", settings={"type": "user", "mac": "52:54:00:00:00:07"}, live=True)["interface"]
+    config = running.post("web", "interfaces", settings={"type": "user", "mac": "52:54:00:00:00:08"}, config=True)["interface"]
+    assert live["index"] == config["index"] == 0
+    before = running.file("web").read_text()
+    for where in {"live": True, "config": True}, {"persistent": True}:
+        with pytest.raises(errors.UsageError) as caught:
+            running.post("web", "interfaces", "detach", type="user", **where)
+        assert str(caught.value) == "No interface with MAC address 52:54:00:00:00:07 was found in the domain's file"
+    assert running.file("web").read_text() == before and list(cards(running)) == ["52:54:00:00:00:07"]
+
+
 def test_the_cable_live_and_in_the_file(running):
     running.add("web", rest=USER)
     running.post("web", "start")
