@@ -14,6 +14,7 @@ from contextlib import suppress
 from kvmapp.config import DomainConfig
 from kvmapp.daemon import cardfilter, dnsmasq, ports, shaping
 from kvmapp.daemon.links import LinkWatch
+from kvmapp.daemon.owners import Owners
 from kvmapp.daemon.ports import Known
 from kvmapp.errors import KvmappError
 
@@ -32,14 +33,12 @@ log = logging.getLogger("kvmapp")
 
 
 class Cards:
-    """`filters`: each filtered tap's domain, and what its table says of addresses; `lent`: to which MACs a network, since
-    its start, lent its addresses last.
-    """
+    """`filters`: each filtered tap's domain, and what its table says of addresses; `owners`: of each network's addresses."""
 
     def __init__(self, supervisor: Supervisor):
         self.supervisor = supervisor
         self.filters: dict[str, tuple[str, Known]] = {}
-        self.lent: dict[str, tuple[float | None, dict[str, str]]] = {}
+        self.owners: dict[str, Owners] = {}
         self.complaints: dict[str, str] = {}
         self.lock = asyncio.Lock()
         self.woken = asyncio.Event()
@@ -63,8 +62,10 @@ class Cards:
         network = self.supervisor.networks.networks.get(card.source or "")
         return network.live.bridge or "" if network and network.live and network.active else ""
 
-    def known(self, card: InterfaceConfig) -> Known:
-        """What is fixed in the domain's file; else what the network lends; else what the guest uses first."""
+    def known(self, card: InterfaceConfig, looked: set[str] | None = None) -> Known:
+        """What is fixed in the domain's file; else what the network lends; else what the guest uses first. `looked`: networks whose
+        leases have been looked at by now, for all of their cards.
+        """
         if card.addresses:
             return Known(frozenset(card.addresses), False)
         if card.type == "bridge":
@@ -74,25 +75,21 @@ class Cards:
             return Known(frozenset(), False)
         if network.live.mode == "bridge":
             return Known(frozenset(), True)
-        fixed = {address: host.mac for host in network.live.hosts for address in (host.ipv4, host.ipv6) if address}
-        own = {address for address, mac in fixed.items() if mac == card.mac}
+        owners = self.owners_in(network, set() if looked is None else looked)
+        own = owners.fixed.get(card.mac, frozenset())
         lends = bool(network.live.ipv4 and network.live.ipv4.dhcp) or any(":" not in one for one in own)
-        return Known(frozenset(own | self.lent_to(card.mac, network, fixed)), not lends)
+        return Known(own | owners.lent.get(card.mac, frozenset()), not lends, follows=True)
 
-    def lent_to(self, mac: str, network: Network, fixed: dict[str, str]) -> set[str]:
-        """What it was lent stays its own when the lease has run out (a guest that was paused or saved goes on with it) until another MAC
-        has it. Where dnsmasq heeds client identifiers, with which a guest gets its neighbour's lease, the neighbour must be gone first.
-        """
-        since, holders = self.lent.get(network.name, (None, {}))
-        if since != network.since:
-            holders = {}
-            self.lent[network.name] = network.since, holders
-        leases = {str(lease["address"]): str(lease["mac"]) for lease in network.leases()}
-        changed = {address: holder for address, holder in leases.items() if holders.get(address) != holder}
-        if changed:
-            there = set() if dnsmasq.ignores_client_ids() else {card.mac for _, card, _, _ in self.running()}
-            holders.update({address: holder for address, holder in changed.items() if holders.get(address) not in there})
-        return {address for address, holder in holders.items() if holder == mac and (address in leases or address not in fixed)}
+    def owners_in(self, network: Network, looked: set[str]) -> Owners:
+        """Where dnsmasq heeds client identifiers, with which a guest gets its neighbour's lease, the neighbour must be gone first."""
+        owners = self.owners.get(network.name)
+        if owners is None or owners.since != network.since:
+            owners = self.owners[network.name] = Owners(network.since)
+        elif network.name in looked:
+            return owners
+        owners.look(network, lambda: set() if dnsmasq.ignores_client_ids() else {card.mac for _, card, _, _ in self.running()})
+        looked.add(network.name)
+        return owners
 
     # With domains.
 
@@ -101,7 +98,7 @@ class Cards:
         async with self.lock:
             known = self.known(card)
             if card.filter != "none":
-                self.filters[tap] = domain, known
+                self.note(domain, tap, known)
             elif self.filters.pop(tap, None):
                 await asyncio.to_thread(cardfilter.remove, tap)
             await asyncio.to_thread(ports.settle, card, tap, bridge, known)
@@ -139,9 +136,17 @@ class Cards:
             return
         await asyncio.to_thread(cardfilter.apply, card.heading, tap, card.mac, known.addresses, known.learns)
         if self.has(domain, tap):
-            self.filters[tap] = domain, known
+            self.note(domain, tap, known)
         else:
             await asyncio.to_thread(cardfilter.remove, tap)
+
+    def note(self, domain: str, tap: str, known: Known) -> None:
+        if known.follows and not self.follow_leases():
+            self.woken.set()                    # the watch may be asleep until the heartbeat
+        self.filters[tap] = domain, known
+
+    def follow_leases(self) -> bool:
+        return any(known.follows for _, known in self.filters.values())
 
     def compare(self, domain: Domain, devices: list[str]) -> None:
         """These are what the running domain has: the guest may have let go of a card while no daemon was there to hear of it."""
@@ -183,7 +188,7 @@ class Cards:
         try:
             while True:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self.woken.wait(), LEASE_POLL if self.filters else self.supervisor.heartbeat)
+                    await asyncio.wait_for(self.woken.wait(), LEASE_POLL if self.follow_leases() else self.supervisor.heartbeat)
                     await asyncio.sleep(SETTLE)
                 beat = self.woken.is_set() or time.monotonic() - looked >= self.supervisor.heartbeat
                 self.woken.clear()
@@ -196,11 +201,11 @@ class Cards:
     async def check(self, *, tables: bool = True, everything: bool = False) -> None:
         """`tables`: whether the filters' are still there, too; `everything`: the rates, too."""
         async with self.lock:
-            cards = list(self.running())
+            cards, looked = list(self.running()), set[str]()
             present = await self.tables() if (tables or everything) and any(card.filter != "none" for _, card, _, _ in cards) else None
             for domain, card, tap, bridge in cards:
                 try:
-                    await self.put_back(domain, card, tap, bridge, present)
+                    await self.put_back(domain, card, tap, bridge, present, looked)
                     if everything and shaping.is_limited(card) and self.has(domain, tap) and os.path.exists(f"/sys/class/net/{tap}"):
                         await asyncio.to_thread(shaping.apply, card, tap)
                 except KvmappError as error:
@@ -216,13 +221,14 @@ class Cards:
         except KvmappError:
             return set()
 
-    async def put_back(self, domain: str, card: InterfaceConfig, tap: str, bridge: str, present: set[str] | None) -> None:
+    async def put_back(self, domain: str, card: InterfaceConfig, tap: str, bridge: str, present: set[str] | None,
+                       looked: set[str]) -> None:
         if ports.is_loose(tap, bridge) and self.has(domain, tap):
             await asyncio.to_thread(ports.put_back, card, tap, bridge)
             log.warning("domain '%s': bridge %s is there again, and %s is in it", domain, bridge, tap)
         if card.filter == "none" or not os.path.exists(f"/sys/class/net/{tap}"):
             return
-        known = self.known(card)
+        known = self.known(card, looked)
         gone = present is not None and cardfilter.PREFIX + tap not in present
         if gone or self.filters.get(tap, ("", None))[1] != known:
             await self.apply_filter(domain, card, tap, known)

@@ -14,6 +14,7 @@ from contextlib import suppress
 from functools import cache
 
 from kvmapp.daemon.hostnet import run
+from kvmapp.daemon.store import status_key
 from kvmapp.errors import ConfigError, HostError
 from kvmapp.values import DomainName
 
@@ -21,11 +22,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from kvmapp.daemon.store import Key
     from kvmapp.hostconfig import NetworkConfig
 
 STOP_PATIENCE = 3.0                     # seconds between SIGTERM and SIGKILL
 LOOK_AGAIN = 0.02                       # ... between two looks at a process that is to end
 LEASES_LIMIT = 4 << 20
+JUST_WRITTEN = 2.0                      # seconds in which a file may change once more under the same time stamp
 NO_NAME = re.compile(r"\d+[smhdw]?|infinite|ignore")       # in dhcp-hostsfile: a lease's time, or whom to give none
 
 
@@ -50,6 +53,9 @@ class Lease:
 
     def __init__(self, expires: float, mac: str | None, address: str, name: str | None, client: str | None):
         self.expires, self.mac, self.address, self.name, self.client = expires, mac, address, name, client
+
+    def is_valid(self, now: float) -> bool:
+        return not self.expires or self.expires >= now
 
 
 def is_wanted(live: NetworkConfig) -> bool:
@@ -289,17 +295,30 @@ def runs_with(pid: int, files: Files) -> bool:
 
 # Its leases.
 
-def read_leases(files: Files) -> list[Lease]:
-    """Those that are valid now."""
-    try:
-        with open(files.leases, errors="replace") as file:
-            return parse_leases(file.read(LEASES_LIMIT), time.time())
-    except OSError:
-        return []
+class LeaseFile:
+    """The file's leases; it is read again when it has changed."""
+
+    def __init__(self) -> None:
+        self.read: tuple[str, Key] | None = None
+        self.leases: list[Lease] = []
+
+    def valid(self, path: str) -> list[Lease]:
+        """Those that are valid now."""
+        now, key = time.time(), status_key(path)
+        if self.read != (path, key):
+            try:
+                with open(path, errors="replace") as file:
+                    self.leases = parse_leases(file.read(LEASES_LIMIT))
+            except OSError:
+                return []
+            self.read = (path, key) if key[1] / 1e9 < now - JUST_WRITTEN else None
+        return [lease for lease in self.leases if lease.is_valid(now)]
 
 
-def parse_leases(text: str, now: float) -> list[Lease]:
-    """`expiry mac address name client`; after the line `duid ...` IPv6 ones, with an association's number in the MAC's place."""
+def parse_leases(text: str, now: float = 0.0) -> list[Lease]:
+    """`expiry mac address name client`; after the line `duid ...` IPv6 ones, with an association's number in the MAC's place. Those that
+    are valid at that time.
+    """
     leases = []
     version6 = False
     for line in text.splitlines():
@@ -309,11 +328,9 @@ def parse_leases(text: str, now: float) -> list[Lease]:
         if len(words) != 5 or not words[0].isdigit():
             continue
         expires, mac, address, name, client = int(words[0]), words[1], words[2], words[3], words[4]
-        if expires and expires < now:
-            continue
         mac_there = mac_of_duid(client) if version6 else mac.rpartition("-")[2].lower()
         leases.append(Lease(expires, mac_there, address, None if name == "*" else name, None if client == "*" else client))
-    return leases
+    return [lease for lease in leases if lease.is_valid(now)]
 
 
 def mac_of_duid(duid: str) -> str | None:

@@ -33,6 +33,7 @@ class Network:
         self.since: float | None = None
         self.phase = ""
         self.warnings: list[str] = []           # what of it could not be put back
+        self.lease_file = dnsmasq.LeaseFile()
 
     @property
     def stored(self) -> StoredNetwork | None:
@@ -173,7 +174,10 @@ class Network:
     def leases(self) -> list[dict[str, object]]:
         return [{"expires": lease.expires or None, "mac": lease.mac, "protocol": "ipv6" if ":" in lease.address else "ipv4",
                  "address": lease.address, "prefix": self.prefix(lease.address), "hostname": lease.name, "client": lease.client}
-                for lease in dnsmasq.read_leases(self.files)]
+                for lease in self.valid_leases()]
+
+    def valid_leases(self) -> list[dnsmasq.Lease]:
+        return self.lease_file.valid(self.files.leases)
 
     def prefix(self, address: str) -> int:
         from ipaddress import ip_interface

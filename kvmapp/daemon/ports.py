@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 
 
 class Known:
-    """The addresses that a filtered guest may use; `learns`: the first one that it uses, too."""
-    __slots__ = ("addresses", "learns")
+    """The addresses that a filtered guest may use; `learns`: the first one that it uses, too; `follows`: they are what its network
+    lends, and may be others at any moment.
+    """
+    __slots__ = ("addresses", "follows", "learns")
 
-    def __init__(self, addresses: frozenset[str], learns: bool):
-        self.addresses, self.learns = addresses, learns
+    def __init__(self, addresses: frozenset[str], learns: bool, *, follows: bool = False):
+        self.addresses, self.learns, self.follows = addresses, learns, follows
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Known) and (self.addresses, self.learns) == (other.addresses, other.learns)
+        return isinstance(other, Known) and (self.addresses, self.learns, self.follows) == (other.addresses, other.learns, other.follows)
 
     __hash__ = None                                             # type: ignore[assignment]
 

@@ -1,12 +1,15 @@
 """Which addresses a card's filter lets it use, and whose filter stands on which tap when domains end and start meanwhile."""
 import asyncio
 import threading
+import time
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from kvmapp.daemon import cardfilter, cards, dnsmasq, ports
+from kvmapp.daemon.network import ACTIVE, Network
 from kvmapp.hostconfig import NetworkConfig
 
 ANN, BOB = "52:54:00:00:00:01", "52:54:00:00:00:02"
@@ -14,30 +17,41 @@ LIVE = {"name": "default", "uuid": "d340f42e-8611-52c5-949c-8013181e73d4", "mode
         "ipv4": {"address": "192.168.122.1/24", "dhcp": "192.168.122.2 - 192.168.122.254"}}
 
 
-def card(mac, filter="clean-traffic", type="network", source="default"):
-    return SimpleNamespace(index=0, type=type, source=source, mac=mac, filter=filter, addresses=[], heading="interface 0", vlan=None,
+def card(mac, filter="clean-traffic", type="network", source="default", addresses=()):
+    return SimpleNamespace(index=0, type=type, source=source, mac=mac, filter=filter, addresses=addresses, heading="interface 0", vlan=None,
                            in_average=None, out_average=None)
 
 
 class Place:
-    """A supervisor's part that Cards looks at: running domains by name, and a network whose leases are {address: MAC}."""
+    """A supervisor's part that Cards looks at: running domains by name, and a network that lends addresses."""
 
-    def __init__(self, monkeypatch, ignores=True):
-        self.leases: dict[str, str] = {}
+    def __init__(self, monkeypatch, tmp_path, ignores=True):
+        self.state = tmp_path
         self.domains: dict[str, Any] = {}
         self.tables: dict[str, str] = {}                # of a tap: the MAC that its table names
-        network = SimpleNamespace(name="default", live=NetworkConfig.from_dict(LIVE), since=1.0, active=True,
-                                  leases=lambda: [{"address": address, "mac": mac} for address, mac in self.leases.items()])
-        self.network: Any = network
-        supervisor: Any = SimpleNamespace(active=lambda: list(self.domains.values()), run=lambda work, name: asyncio.ensure_future(work),
-                                          networks=SimpleNamespace(networks={"default": network}))
-        self.cards = cards.Cards(supervisor)
+        self.clock = time.time() + 60                   # what is written now is settled
+        self.begin_daemon()
         monkeypatch.setattr(dnsmasq, "ignores_client_ids", lambda: ignores)
         monkeypatch.setattr(cardfilter, "tables", lambda: {f"kvmapp-{tap}" for tap in self.tables})
         monkeypatch.setattr(cardfilter, "apply", self.apply)
         monkeypatch.setattr(cardfilter, "remove", lambda tap: self.tables.pop(tap, None))
         monkeypatch.setattr(ports, "is_loose", lambda tap, bridge: False)
         monkeypatch.setattr(cards.os.path, "exists", lambda path: True)
+        monkeypatch.setattr(dnsmasq.time, "time", lambda: self.clock)
+
+    def begin_daemon(self):
+        """One that finds the network active."""
+        paths: Any = SimpleNamespace(network_run=str(self.state), network_state=str(self.state))
+        store: Any = None
+        self.network = Network("default", store, paths)
+        self.network.take_note({"config": LIVE, "phase": ACTIVE, "since": 1.0})
+        supervisor: Any = SimpleNamespace(active=lambda: list(self.domains.values()), run=lambda work, name: asyncio.ensure_future(work),
+                                          networks=SimpleNamespace(networks={"default": self.network}))
+        self.cards = cards.Cards(supervisor)
+
+    def lend(self, owners, until=0):
+        """What dnsmasq would write; 0 is without an end."""
+        (self.state / "default.leases").write_text("".join(f"{until} {mac} {address} * *\n" for address, mac in owners.items()))
 
     def apply(self, heading, tap, mac, known, learns, *, new=False):
         self.tables[tap] = mac
@@ -54,39 +68,86 @@ class Place:
         return set(self.cards.known(one).addresses)
 
 
-def test_an_address_stays_a_guests_own_until_another_has_it(monkeypatch):
+def test_an_address_stays_a_guests_own_until_another_has_it(monkeypatch, tmp_path):
     """A guest that was paused goes on with it when its lease has run out."""
-    place = Place(monkeypatch)
-    place.leases = {"192.168.122.7": ANN}
+    place = Place(monkeypatch, tmp_path)
+    place.lend({"192.168.122.7": ANN})
     assert place.own(ANN) == {"192.168.122.7"} and place.own(BOB) == set()
-    place.leases = {}
+    place.lend({})
     assert place.own(ANN) == {"192.168.122.7"}
-    place.leases = {"192.168.122.8": ANN}
+    place.lend({"192.168.122.8": ANN})
     assert place.own(ANN) == {"192.168.122.7", "192.168.122.8"}
-    place.leases = {"192.168.122.7": BOB}
+    place.lend({"192.168.122.7": BOB})
     assert place.own(ANN) == {"192.168.122.8"} and place.own(BOB) == {"192.168.122.7"}
     place.network.live = NetworkConfig.from_dict({**LIVE, "hosts": [{"name": "bob", "mac": BOB, "ipv4": "192.168.122.8"}]})
     assert place.own(ANN) == set() and place.own(BOB) == {"192.168.122.7", "192.168.122.8"}
-    place.network.live, place.leases, place.network.since = NetworkConfig.from_dict(LIVE), {}, 2.0
+    place.network.live, place.network.since = NetworkConfig.from_dict(LIVE), 2.0
+    place.lend({})
     assert place.own(BOB) == set(), "a network that was started anew may have other ranges"
 
 
-def test_where_dnsmasq_heeds_client_identifiers_a_running_guest_keeps_its_address(monkeypatch):
-    place = Place(monkeypatch, ignores=False)
+def test_where_dnsmasq_heeds_client_identifiers_a_running_guest_keeps_its_address(monkeypatch, tmp_path):
+    place = Place(monkeypatch, tmp_path, ignores=False)
     place.begin("ann", card(ANN, filter="none"), "vnet0")
     place.begin("bob", card(BOB), "vnet1")
-    place.leases = {"192.168.122.7": ANN}
+    place.lend({"192.168.122.7": ANN})
     assert place.own(BOB) == set()
-    place.leases = {"192.168.122.7": BOB}               # by ann's client identifier
+    place.lend({"192.168.122.7": BOB})               # by ann's client identifier
     assert place.own(BOB) == set() and place.own(ANN) == {"192.168.122.7"}
     del place.domains["ann"]
     assert place.own(BOB) == {"192.168.122.7"}
 
 
+def test_leases_are_read_when_their_file_changes_and_run_out_all_the_same(monkeypatch, tmp_path):
+    """However many cards there are, and however often they are looked at."""
+    place = Place(monkeypatch, tmp_path)
+    read = Mock(wraps=dnsmasq.parse_leases)
+    looked = Mock(wraps=place.network.lease_file.valid)
+    monkeypatch.setattr(dnsmasq, "parse_leases", read)
+    monkeypatch.setattr(place.network.lease_file, "valid", looked)
+    for number in range(5):
+        place.begin(f"d{number}", card(f"52:54:00:00:00:1{number}"), f"vnet{number}")
+    place.lend({"192.168.122.7": ANN}, until=int(place.clock) + 10)
+    place.network.live = NetworkConfig.from_dict({**LIVE, "hosts": [{"name": "bob", "mac": BOB, "ipv4": "192.168.122.7"}]})
+
+    async def scenario():
+        for _ in range(3):
+            await place.cards.check()
+    asyncio.run(scenario())
+    assert (read.call_count, looked.call_count) == (1, 3)
+    assert place.own(ANN) == {"192.168.122.7"}
+    place.clock += 20
+    assert place.own(ANN) == set() and read.call_count == 1, "it has run out, and is fixed to another"
+    place.lend({"192.168.122.8": ANN})
+    assert place.own(ANN) == {"192.168.122.8"} and read.call_count == 2
+
+
+def test_a_file_that_was_just_written_may_change_under_the_same_time_stamp(monkeypatch, tmp_path):
+    place = Place(monkeypatch, tmp_path)
+    monkeypatch.setattr(dnsmasq, "status_key", lambda path: (0, int((place.clock - 1) * 1e9), 32, 7))
+    place.lend({"192.168.122.7": ANN})
+    assert place.own(ANN) == {"192.168.122.7"}
+    place.lend({"192.168.122.8": ANN})
+    assert "192.168.122.8" in place.own(ANN)
+
+
+@pytest.mark.parametrize(("one", "follows"), [
+    (card(ANN), True), (card(ANN, filter="none"), False), (card(ANN, addresses=["192.168.122.7"]), False),
+    (card(ANN, type="bridge", source="br0"), False)])
+def test_leases_are_waited_for_where_a_filter_goes_by_them(monkeypatch, tmp_path, one, follows):
+    place = Place(monkeypatch, tmp_path)
+    place.begin("ann", one, "vnet0")
+
+    async def scenario():
+        await place.cards.check()
+        assert place.cards.follow_leases() is place.cards.woken.is_set() is follows
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("at", ["tables", "apply"])
-def test_a_filter_is_not_put_onto_the_tap_of_another_domain(monkeypatch, at):
+def test_a_filter_is_not_put_onto_the_tap_of_another_domain(monkeypatch, tmp_path, at):
     """ann ends while a check is at work, and bob, who wants no filter, gets a tap of the same name."""
-    place = Place(monkeypatch)
+    place = Place(monkeypatch, tmp_path)
     held, go_on = threading.Event(), threading.Event()
     real = getattr(cardfilter, at)
 
@@ -116,8 +177,8 @@ def test_a_filter_is_not_put_onto_the_tap_of_another_domain(monkeypatch, at):
     asyncio.run(scenario())
 
 
-def test_a_table_that_is_noted_for_a_tap_goes_with_the_next_card_of_that_name(monkeypatch):
-    place = Place(monkeypatch)
+def test_a_table_that_is_noted_for_a_tap_goes_with_the_next_card_of_that_name(monkeypatch, tmp_path):
+    place = Place(monkeypatch, tmp_path)
 
     async def scenario():
         place.begin("ann", card(ANN), "vnet0")

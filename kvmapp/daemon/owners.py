@@ -1,0 +1,41 @@
+"""Whose the addresses of a virtual network are, as its cards' filters go by them: a [host]'s, and those that it lends.
+
+What a guest was lent stays its own when the lease has run out (a guest that was paused or saved goes on with it) until another MAC
+has it.
+"""
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvmapp.daemon.network import Network
+
+
+class Owners:
+    """Of one network since its start. `holders`: to which MAC it lent each address last; `fixed`, `lent`: what is a MAC's own."""
+
+    def __init__(self, since: float | None):
+        self.since = since
+        self.holders: dict[str, str] = {}
+        self.fixed: dict[str, frozenset[str]] = {}
+        self.lent: dict[str, frozenset[str]] = {}
+
+    def look(self, network: Network, rivals: Callable[[], set[str]]) -> None:
+        """`rivals`: MACs whose guests must be gone before another one gets their addresses."""
+        hosts = network.live.hosts if network.live else ()
+        fixed = {address: host.mac for host in hosts for address in (host.ipv4, host.ipv6) if address}
+        leases = {lease.address: str(lease.mac) for lease in network.valid_leases()}
+        changed = {address: holder for address, holder in leases.items() if self.holders.get(address) != holder}
+        if changed:
+            there = rivals()
+            self.holders.update({address: holder for address, holder in changed.items() if self.holders.get(address) not in there})
+        self.fixed = by_mac(fixed)
+        self.lent = by_mac({address: holder for address, holder in self.holders.items() if address in leases or address not in fixed})
+
+
+def by_mac(owners: dict[str, str]) -> dict[str, frozenset[str]]:
+    found: dict[str, set[str]] = {}
+    for address, mac in owners.items():
+        found.setdefault(mac, set()).add(address)
+    return {mac: frozenset(addresses) for mac, addresses in found.items()}
