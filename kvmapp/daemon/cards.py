@@ -84,7 +84,7 @@ class Cards:
         """Where dnsmasq heeds client identifiers, with which a guest gets its neighbour's lease, the neighbour must be gone first."""
         owners = self.owners.get(network.name)
         if owners is None or owners.since != network.since:
-            owners = self.owners[network.name] = Owners(network.since)
+            owners = self.owners[network.name] = Owners(network)
         elif network.name in looked:
             return owners
         owners.look(network, lambda: set() if dnsmasq.ignores_client_ids() else {card.mac for _, card, _, _ in self.running()})

@@ -34,15 +34,15 @@ NO_NAME = re.compile(r"\d+[smhdw]?|infinite|ignore")       # in dhcp-hostsfile: 
 
 class Files:
     """Where the dnsmasq of one network has its files: RUN for what ends with it, STATE for the leases."""
-    __slots__ = ("config", "hosts", "leases", "names", "pid")
+    __slots__ = ("config", "hosts", "leases", "lent", "names", "pid")
 
     def __init__(self, run_folder: str, state_folder: str, stem: str):
-        self.config, self.pid, self.hosts, self.names = (os.path.join(run_folder, f"{stem}.{kind}")
-                                                         for kind in ("dnsmasq", "pid", "hosts", "names"))
+        self.config, self.pid, self.hosts, self.names, self.lent = (os.path.join(run_folder, f"{stem}.{kind}")
+                                                                    for kind in ("dnsmasq", "pid", "hosts", "names", "lent"))
         self.leases = os.path.join(state_folder, f"{stem}.leases")
 
     def remove(self) -> None:
-        for path in (self.config, self.pid, self.hosts, self.names):
+        for path in (self.config, self.pid, self.hosts, self.names, self.lent):
             with suppress(FileNotFoundError):
                 os.unlink(path)
 

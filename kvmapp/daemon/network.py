@@ -179,6 +179,19 @@ class Network:
     def valid_leases(self) -> list[dnsmasq.Lease]:
         return self.lease_file.valid(self.files.leases)
 
+    def note_lent(self, holders: dict[str, str]) -> None:
+        """To which MAC each address was lent last: dnsmasq forgets leases that ran out. Raises KvmappError."""
+        dnsmasq.write(self.files.lent, json.dumps({"since": self.since, "holders": holders}))
+
+    def noted_lent(self) -> dict[str, str]:
+        """Of this start of the network."""
+        try:
+            with open(self.files.lent) as file:
+                data = json.load(file)
+            return {str(address): str(mac) for address, mac in data["holders"].items()} if data["since"] == self.since else {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
     def prefix(self, address: str) -> int:
         from ipaddress import ip_interface
         part = (self.config.ipv6 if ":" in address else self.config.ipv4) if self.config else None

@@ -1,9 +1,13 @@
 """Whose the addresses of a virtual network are, as its cards' filters go by them: a [host]'s, and those that it lends.
 
 What a guest was lent stays its own when the lease has run out (a guest that was paused or saved goes on with it) until another MAC
-has it.
+has it. The next daemon finds that noted beside the network's other files.
 """
 from __future__ import annotations
+
+import logging
+
+from kvmapp.errors import KvmappError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -11,13 +15,16 @@ if TYPE_CHECKING:
 
     from kvmapp.daemon.network import Network
 
+log = logging.getLogger("kvmapp")
+
 
 class Owners:
     """Of one network since its start. `holders`: to which MAC it lent each address last; `fixed`, `lent`: what is a MAC's own."""
 
-    def __init__(self, since: float | None):
-        self.since = since
-        self.holders: dict[str, str] = {}
+    def __init__(self, network: Network):
+        self.since = network.since
+        self.holders = network.noted_lent()
+        self.noted = dict(self.holders)
         self.fixed: dict[str, frozenset[str]] = {}
         self.lent: dict[str, frozenset[str]] = {}
 
@@ -30,8 +37,17 @@ class Owners:
         if changed:
             there = rivals()
             self.holders.update({address: holder for address, holder in changed.items() if self.holders.get(address) not in there})
+        if network.active and self.holders != self.noted:       # what is about to stop has no files any more
+            self.note(network)
         self.fixed = by_mac(fixed)
         self.lent = by_mac({address: holder for address, holder in self.holders.items() if address in leases or address not in fixed})
+
+    def note(self, network: Network) -> None:
+        self.noted = dict(self.holders)
+        try:
+            network.note_lent(self.holders)
+        except KvmappError as error:                            # its guests have what they have
+            log.warning("network '%s': what it lends is not known to the next daemon: %s", network.name, error)
 
 
 def by_mac(owners: dict[str, str]) -> dict[str, frozenset[str]]:

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +152,11 @@ def test_a_filter_follows_what_its_network_lends(host):
         leases.write(f"4000000000 {MAC} {OWN} web *\n")
     host.eventually(lambda: OWN in host.run("nft", "list", "ruleset"), "the address")
     assert passes(host, watcher, frames.udp4(MAC, OWN), frames.udp4(MAC, FOREIGN), last=asks) == [True, False]
+    host.kill()
+    Path(host.paths.network_state, "default.leases").write_text("")                         # ... when a lease has run out
+    host.start()
+    host.run("nft", "delete", "table", "netdev", "kvmapp-vnet0")
+    host.eventually(lambda: OWN in host.run("nft", "list", "ruleset"), "the address that the next daemon knows of")
     card(host, "lee", OTHER, type="network", source="default", filter="clean-traffic")
     assert passes(host, watcher, frames.udp4(OTHER, FOREIGN), frames.udp4(OTHER, OWN), name="lee",
                   last=frames.dhcp(OTHER)) == [True, False]

@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 from kvmapp.daemon import cardfilter, cards, dnsmasq, ports
-from kvmapp.daemon.network import ACTIVE, Network
+from kvmapp.daemon.network import ACTIVE, STOPPING, Network
 from kvmapp.hostconfig import NetworkConfig
 
 ANN, BOB = "52:54:00:00:00:01", "52:54:00:00:00:02"
@@ -39,12 +39,12 @@ class Place:
         monkeypatch.setattr(cards.os.path, "exists", lambda path: True)
         monkeypatch.setattr(dnsmasq.time, "time", lambda: self.clock)
 
-    def begin_daemon(self):
+    def begin_daemon(self, since=1.0):
         """One that finds the network active."""
         paths: Any = SimpleNamespace(network_run=str(self.state), network_state=str(self.state))
         store: Any = None
         self.network = Network("default", store, paths)
-        self.network.take_note({"config": LIVE, "phase": ACTIVE, "since": 1.0})
+        self.network.take_note({"config": LIVE, "phase": ACTIVE, "since": since})
         supervisor: Any = SimpleNamespace(active=lambda: list(self.domains.values()), run=lambda work, name: asyncio.ensure_future(work),
                                           networks=SimpleNamespace(networks={"default": self.network}))
         self.cards = cards.Cards(supervisor)
@@ -84,6 +84,45 @@ def test_an_address_stays_a_guests_own_until_another_has_it(monkeypatch, tmp_pat
     place.network.live, place.network.since = NetworkConfig.from_dict(LIVE), 2.0
     place.lend({})
     assert place.own(BOB) == set(), "a network that was started anew may have other ranges"
+
+
+def test_the_next_daemon_knows_what_was_lent(monkeypatch, tmp_path):
+    """dnsmasq's file has only leases that have not run out."""
+    place = Place(monkeypatch, tmp_path)
+    place.lend({"192.168.122.7": ANN, "192.168.122.8": BOB})
+    assert place.own(ANN) == {"192.168.122.7"}
+    place.lend({"192.168.122.9": ANN})
+    place.begin_daemon()
+    assert place.own(ANN) == {"192.168.122.7", "192.168.122.9"} and place.own(BOB) == {"192.168.122.8"}
+    place.begin_daemon()
+    place.lend({"192.168.122.7": BOB})
+    assert place.own(ANN) == {"192.168.122.9"} and place.own(BOB) == {"192.168.122.7", "192.168.122.8"}
+    place.begin_daemon(since=2.0)
+    assert place.own(BOB) == {"192.168.122.7"}, "the network was started anew"
+    place.network.files.remove()
+    assert [one.name for one in tmp_path.iterdir()] == ["default.leases"]
+    place.network.phase = STOPPING
+    place.lend({"192.168.122.8": BOB})
+    assert "192.168.122.8" in place.own(BOB) and [one.name for one in tmp_path.iterdir()] == ["default.leases"]
+
+
+@pytest.mark.parametrize("note", ["", "{}", "[]", '{"since": 1.0, "holders": []}', '{"since": 1.0}', '"since"', "\0"])
+def test_a_note_that_cannot_be_read_is_none(monkeypatch, tmp_path, note):
+    place = Place(monkeypatch, tmp_path)
+    (tmp_path / "default.lent").write_text(note)
+    place.lend({"192.168.122.7": ANN})
+    assert place.own(ANN) == {"192.168.122.7"}
+    place.begin_daemon()
+    place.lend({})
+    assert place.own(ANN) == {"192.168.122.7"}
+
+
+def test_a_note_that_cannot_be_written_keeps_no_guest_from_its_address(monkeypatch, tmp_path, caplog):
+    place = Place(monkeypatch, tmp_path)
+    (tmp_path / "default.lent.new").mkdir()
+    place.lend({"192.168.122.7": ANN})
+    assert place.own(ANN) == place.own(ANN) == {"192.168.122.7"}
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "once"
 
 
 def test_where_dnsmasq_heeds_client_identifiers_a_running_guest_keeps_its_address(monkeypatch, tmp_path):
