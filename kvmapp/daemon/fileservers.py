@@ -11,7 +11,7 @@ import os
 import signal
 from contextlib import suppress
 
-from kvmapp.daemon.process import start_time_of
+from kvmapp.daemon.process import UNKNOWN, start_time_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class FileServers:
         self.children.append(process)
         with suppress(OSError), open(f"/proc/{process.pid}/oom_score_adj", "w") as score:
             score.write("0")                            # the daemon may be protected from the out-of-memory killer; this is not
-        return process.pid, start_time_of(process.pid)
+        return process.pid, max(0, start_time_of(process.pid))
 
     def reap(self) -> None:
         self.children = [child for child in self.children if child.poll() is None]
@@ -40,7 +40,7 @@ class FileServers:
         for pause in GRACE:
             await asyncio.sleep(pause)
             self.reap()
-            if not any(start_time_of(pid) == start for _, pid, start in servers if start):
+            if not any(start_time_of(pid) in (start, UNKNOWN) for _, pid, start in servers if start):
                 return
         for tag, pid, start in servers:
             if start and start_time_of(pid) == start:

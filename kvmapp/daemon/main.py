@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 LEVELS = {"error": logging.ERROR, "warning": logging.WARNING, "info": logging.INFO, "debug": logging.DEBUG}
 STOP_TIMEOUT = 30.0
+FILES_MOST = 1 << 20                    # open ones; an old dnsmasq closes each number up to the limit when it starts
 log = logging.getLogger("kvmapp")
 
 
@@ -65,7 +66,19 @@ def run(paths: Paths, options: dict, log_file: str | None, ready: Callable[[], N
 
     handler = LogFile(log_file)
     log.addHandler(handler)
+    raise_limit()
     serve(paths, options, handler.reopen, ready)
+
+
+def raise_limit() -> None:
+    """As many open files as the host allows: each domain and each caller takes some of the usual 1024. What we start has the limit
+    too; none of it counts on select(2), whose sets end at 1024.
+    """
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = FILES_MOST if hard == resource.RLIM_INFINITY else min(hard, FILES_MOST)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def control(pid_file: PidFile, given: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ import time
 from contextlib import suppress
 
 from kvmapp.client import ask_domain, connect
-from kvmapp.errors import ConnectionFailed, KvmappError, NoResponse, error_from_dict
+from kvmapp.errors import NOTHING_LEFT, ConnectionFailed, KvmappError, NoResponse, error_from_dict
 from kvmapp.values import is_label
 
 TYPE_CHECKING = False
@@ -28,6 +28,7 @@ LINE_LIMIT = 4 << 20
 ANSWER_TIMEOUT = 5.0
 CHECK_TIMEOUT = 2.0                     # of the heartbeat: a domain's control thread has little else to do than to answer
 LAST_BREATH = 0.5                       # between the end of a process's sockets and its own
+UNKNOWN = -1                            # a start time that could not be read, as when the daemon has no descriptor left
 # What a domain process calls its state, and what virsh does.
 STATES = {"starting": "paused", "running": "running", "paused": "paused", "saving": "paused", "shutting down": "in shutdown",
           "in shutdown": "in shutdown", "crashed": "crashed", "shut off": "in shutdown"}
@@ -130,14 +131,16 @@ class DomainProcess:
     # Getting hold of it.
 
     async def connect(self) -> bool:
-        """Connects to the control socket and learns the pid. False: nobody is behind it. A full backlog counts as silence."""
+        """Connects to the control socket and learns the pid. False: nobody is behind it. A full backlog counts as silence, and so does
+        that we have nothing left to connect with.
+        """
         try:
             connection = connect(self.control, 0)
-        except BlockingIOError:
-            self.set_silent(True)
-            return True
-        except OSError:
-            return False
+        except OSError as error:
+            unsaid = isinstance(error, BlockingIOError) or error.errno in NOTHING_LEFT
+            if unsaid:
+                self.set_silent(True)
+            return unsaid
         peer = socket.socket(fileno=connection.detach())
         self.meet(peer)
         link = ControlLink(self.hear, self.lost)
@@ -160,12 +163,19 @@ class DomainProcess:
         try:
             self.pidfd = os.pidfd_open(pid)
         except (OSError, AttributeError):
-            return                              # an old kernel, or gone: `check` looks at /proc instead
-        if start_time_of(pid) != self.start_time or not self.start_time:
-            os.close(self.pidfd)                # the number is another process's by now
+            return                              # an old kernel, gone, or no descriptor left: `check` looks at /proc instead
+        if not start_time_of(pid) == self.start_time > 0:
+            os.close(self.pidfd)                # the number is another process's by now, or we cannot tell
             self.pidfd = -1
             return
         asyncio.get_running_loop().add_reader(self.pidfd, self.finish)
+
+    def watch_again(self) -> None:
+        """One whose start time nobody could read is known by its name."""
+        if self.start_time == UNKNOWN and (title := title_of(self.pid)):
+            self.start_time = start_time_of(self.pid) if title == f"kvmapp: {self.name}" else 0
+        if self.start_time > 0:
+            self.watch(self.pid, self.start_time)
 
     async def hello(self, timeout: float = ANSWER_TIMEOUT) -> None:
         """Its state, and from then on every change of it. Raises NoResponse or KvmappError."""
@@ -183,6 +193,8 @@ class DomainProcess:
 
     async def check(self, timeout: float = CHECK_TIMEOUT) -> None:
         """The heartbeat: is it there, does it answer?"""
+        if self.pidfd < 0 and self.pid and not self.ended:      # there may be descriptors again
+            self.watch_again()
         if self.pid and not self.lives():
             self.finish()
         elif self.link is None or self.link.transport is None:
@@ -271,19 +283,22 @@ class DomainProcess:
             self.finish()
 
     def lives(self) -> bool:
-        """Whether the process with our pid and start time is there and not yet a zombie."""
+        """Whether the process with our pid and start time is there and not yet a zombie; also where nobody can tell, for a domain that
+        is taken for dead loses its socket and its record.
+        """
         if self.pidfd >= 0:
             poll = select.poll()
             poll.register(self.pidfd, select.POLLIN)
             return not poll.poll(0)
-        return start_time_of(self.pid) == self.start_time != 0
+        now = start_time_of(self.pid)
+        return now == UNKNOWN or (now > 0 and self.start_time in (now, UNKNOWN))
 
     def kill(self) -> None:
         """SIGKILL, to this very process."""
         with suppress(ProcessLookupError):
             if self.pidfd >= 0:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            elif self.pid and self.lives():
+            elif self.pid and start_time_of(self.pid) == self.start_time > 0:
                 os.kill(self.pid, signal.SIGKILL)
 
     def finish(self) -> None:
@@ -315,12 +330,14 @@ class DomainProcess:
 
 
 def start_time_of(pid: int) -> int:
-    """Field 22 of proc_pid_stat(5); 0 when there is no such process, or only its zombie."""
+    """Field 22 of proc_pid_stat(5); 0 when there is no such process, or only its zombie; UNKNOWN when it cannot be read."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             fields = stat.read().rpartition(b")")[2].split()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return 0
+    except OSError:
+        return UNKNOWN
     return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
 
 

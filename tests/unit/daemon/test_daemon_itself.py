@@ -1,5 +1,6 @@
 """The daemon itself: in the background, never twice, and with settings that are read again."""
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -63,3 +64,12 @@ def test_reload_takes_new_settings_and_survives_bad_ones(running):
         running.write("kvmapp.conf", "nonsense\n")
         assert "kvmapp.conf:1:" in client.post("/v1/daemon/reload")["warnings"][0]
         assert client.get("/v1/domains") == {"domains": []}
+
+
+def test_it_takes_as_many_files_as_the_host_allows(host):
+    host.launcher = ["sh", "-c", 'ulimit -S -n 256; ulimit -H -n 4096; exec "$@"', "sh"]
+    host.start()
+    with host.client() as client:
+        zygote = client.get("/v1/daemon")["zygote"]
+    for pid in (host.process.pid, zygote):
+        assert re.search(r"Max open files +4096 +4096 ", Path(f"/proc/{pid}/limits").read_text())

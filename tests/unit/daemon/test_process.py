@@ -1,0 +1,65 @@
+"""Whether a domain's process lives, where the daemon has no descriptor left to look at it with."""
+import asyncio
+import contextlib
+import os
+import resource
+import subprocess
+
+import pytest
+
+from kvmapp.daemon.process import UNKNOWN, DomainProcess, start_time_of
+
+
+@contextlib.contextmanager
+def nothing_left():
+    """The next open fails with EMFILE."""
+    free = os.open("/", os.O_RDONLY)
+    os.close(free)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.fixture
+def child():
+    with subprocess.Popen(["kvmapp: web"], executable="/bin/cat", stdin=subprocess.PIPE) as one:
+        yield one
+        one.kill()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_process_is_not_dead_because_nobody_can_look_at_it(child, known):
+    """It lost its record, its socket and its managed save, and ran on."""
+    gone = []
+    process = DomainProcess("web", "/nowhere", lambda: None, lambda: gone.append(True))
+    start_time = start_time_of(child.pid) if known else 0
+
+    async def story():
+        with nothing_left():
+            process.watch(child.pid, start_time)
+            assert start_time_of(child.pid) == UNKNOWN and process.pidfd < 0
+            assert process.lives() and await process.connect() and process.silent
+            await process.check()
+            assert not await process.wait_end(0)
+            process.kill()                      # it might be another's pid by now
+        assert child.poll() is None and not gone
+        await process.check()
+        assert process.pidfd >= 0 and process.start_time == start_time_of(child.pid) and not gone
+        child.kill()
+        assert await process.wait_end(60) and gone
+    asyncio.run(story())
+
+
+def test_a_process_that_was_never_seen_clearly_is_known_by_its_name(child):
+    process = DomainProcess("mail", "/nowhere", lambda: None, lambda: None)
+
+    async def story():
+        with nothing_left():
+            process.watch(child.pid)
+        assert process.lives()
+        await process.check()
+        assert process.ended and child.poll() is None
+    asyncio.run(story())
