@@ -150,6 +150,9 @@ class Domain:
                 await asyncio.wait_for(waiter, None if deadline is None else max(0, deadline - time.monotonic()))
             except TimeoutError:
                 return condition()
+            finally:
+                if waiter in self.waiters:      # of somebody who waits no longer
+                    self.waiters.remove(waiter)
         return True
 
     # What a verb wants of it.
