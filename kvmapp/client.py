@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from _json import encode_basestring_ascii, make_encoder, make_scanner
 from _socket import AF_UNIX, SCM_RIGHTS, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET, socket
+from time import monotonic
 
 from kvmapp.errors import ConnectionFailed, KvmappError, NoResponse, error_from_dict
 
@@ -277,14 +278,30 @@ def open_control(control: str, timeout: float) -> socket:
         raise ConnectionFailed(f"Failed to connect socket to '{control}': {error.strerror or error}", hint) from None
 
 
+def keep_to(connection: socket, deadline: float | None) -> None:
+    """What is sent or received next ends by then. Raises TimeoutError."""
+    if deadline is not None:
+        left = deadline - monotonic()
+        if left <= 0:                           # 0 would mean not to wait at all
+            raise TimeoutError
+        connection.settimeout(left)
+
+
 def converse(connection: socket, control: str, verb: str, arguments: dict, descriptors: Sequence[int] = ()) -> tuple[dict, bytes]:
+    """The answer, and what came after it. The connection's timeout is that of the whole: a domain process may be hostile, and let its
+    answer trickle.
+    """
     request, data = encode({"id": 1, "verb": verb, **arguments}) + b"\n", b""
+    patience = connection.gettimeout()
+    deadline = None if patience is None else monotonic() + patience
     try:
         if descriptors:
             from array import array
             request = request[connection.sendmsg([request], [(SOL_SOCKET, SCM_RIGHTS, array("i", descriptors))]):]
+        keep_to(connection, deadline)
         connection.sendall(request)
         while b"\n" not in data:
+            keep_to(connection, deadline)
             part = connection.recv(65536)
             if not part:
                 raise ConnectionFailed(f"The domain at '{control}' ended")

@@ -178,3 +178,23 @@ def test_what_a_domain_says_is_bounded_and_not_believed(tmp_path, said):
         assert client.ask_domain(str(tmp_path / "s"), "status", timeout=60) == {}
     except errors.KvmappError as error:
         assert "answers" in error.message
+
+
+def test_a_domain_whose_answer_trickles_is_none_that_answers(tmp_path):
+    """Each byte came in time, and held a thread of the daemon for ever."""
+    gone = threading.Event()
+
+    def trickle(listener):
+        peer, _ = listener.accept()
+        with peer, contextlib.suppress(OSError):
+            while not gone.wait(0.05):
+                peer.sendall(b" ")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+        thread = threading.Thread(target=trickle, args=(listener,), daemon=True)
+        thread.start()
+        with pytest.raises(errors.NoResponse):
+            client.ask_domain(str(tmp_path / "s"), "status", timeout=0.5)
+        gone.set()
+        thread.join()
