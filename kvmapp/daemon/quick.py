@@ -15,7 +15,6 @@ import time
 from kvmapp import runtime
 from kvmapp.daemon.sockets import listen
 from kvmapp.daemon.spawn import environment
-from kvmapp.errors import HostError
 
 log = logging.getLogger("kvmapp")
 MODE = 0o666
@@ -37,20 +36,32 @@ class Quick:
         self.spawn()
 
     def spawn(self) -> None:
+        """Where it cannot be started nobody listens either: a call would wait for ever, so kvmappctl is to take its slow way."""
         assert self.listener is not None
-        theirs, self.leash = os.pipe()
-        self.said, alive = os.pipe()
         try:
-            self.process = subprocess.Popen([*runtime.program(), "quick", str(self.listener.fileno()), str(theirs)],
-                                            stdin=subprocess.DEVNULL, pass_fds=(self.listener.fileno(), theirs, alive),
-                                            start_new_session=True, env=environment())
-        except OSError as error:
-            raise HostError(f"Cannot start kvmappctl's warm process: {error.strerror}") from None
-        finally:
-            os.close(theirs)
-            os.close(alive)
+            self.process = self.run_program(self.listener.fileno())
+        except (OSError, subprocess.SubprocessError) as error:
+            log.error("cannot start kvmappctl's warm process: %s; the next daemon tries again", error)
+            self.close()
+            return
         self.began = time.monotonic()
         asyncio.get_running_loop().add_reader(self.said, self.died)
+
+    def run_program(self, listener: int) -> subprocess.Popen:
+        """Raises what Popen does, and keeps no end of a pipe then."""
+        ends: list[int] = []
+        try:
+            ends += os.pipe()
+            ends += os.pipe()
+            theirs, leash, said, alive = ends
+            process = subprocess.Popen([*runtime.program(), "quick", str(listener), str(theirs)], stdin=subprocess.DEVNULL,
+                                       pass_fds=(listener, theirs, alive), start_new_session=True, env=environment())
+            self.leash, self.said = leash, said
+            ends = [theirs, alive]
+            return process
+        finally:
+            for end in ends:
+                os.close(end)
 
     def died(self) -> None:
         """Its children hold the pipe too, so a request under way is not cut."""
