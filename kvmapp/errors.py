@@ -161,6 +161,11 @@ class Unsupported(KvmappError):
     code = "unsupported"
 
 
+class TooManyClients(KvmappError):
+    """The read-only socket has as many clients as it may have."""
+    code = "too-many-clients"
+
+
 class ConnectionFailed(KvmappError):
     """The daemon's or a domain's socket cannot be reached."""
     code = "connection-failed"

@@ -104,6 +104,7 @@ class DaemonConfig(FileConfig):
     unix_sock_group: str
     unix_sock_rw_perms: int
     unix_sock_ro_perms: int
+    max_readonly_clients: int
     log_level: str
 
 

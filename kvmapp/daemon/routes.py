@@ -120,5 +120,5 @@ STATUS = {
     "domain-not-running": 409, "domain-running": 409, "name-in-use": 409, "job-running": 409, "wrong-state": 409,
     "console-busy": 409, "changed-meanwhile": 409, "guest-ignored": 409, "network-inactive": 409,
     "network-active": 409,
-    "unsupported": 501, "no-response": 504,
+    "unsupported": 501, "too-many-clients": 503, "no-response": 504,
 }

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from kvmapp.daemon import actions, cardverbs, hostverbs, netverbs, openapi, queries, saving, tuning
 from kvmapp.daemon.call import Call, caller, internal
+from kvmapp.daemon.connections import Connections, has_asked
 from kvmapp.daemon.routes import FULL, READ_ONLY, ROUTES, STATUS, Route
 from kvmapp.errors import KvmappError, PermissionDenied, UsageError
 
@@ -55,7 +56,8 @@ class Server:
     async def listen(self, listener: socket.socket, access: str) -> None:
         async def handle(request: web.BaseRequest) -> web.StreamResponse:
             return await self.serve(request, access)
-        runner = web.ServerRunner(web.Server(handle, handler_cancellation=True, access_log=None), shutdown_timeout=STOP_TIMEOUT)
+        most = (lambda: self.daemon.config.max_readonly_clients) if access == READ_ONLY else None
+        runner = web.ServerRunner(Connections(handle, most), shutdown_timeout=STOP_TIMEOUT)
         await runner.setup()
         await web.SockSite(runner, listener).start()
         self.runners.append(runner)
@@ -75,6 +77,7 @@ class Server:
             call.take_query(request.rel_url.raw_query_string)
             if request.can_read_body:
                 call.take_body(await read_body(request))
+            has_asked(request)
             if handler is None:
                 return await self.stream(request, call)
             return answer(await self.work(call, handler), route.status)
@@ -85,6 +88,8 @@ class Server:
         except Exception as error:
             log.exception("%s %s failed", request.method, request.path)
             return answer({"error": internal(error).to_dict()}, 500)
+        finally:
+            has_asked(request)          # for something that we refuse, too
 
     def match(self, request: web.BaseRequest) -> tuple[Route, Handler | None, str]:
         path = request.rel_url.raw_path

@@ -1,0 +1,89 @@
+"""Connections to the daemon's sockets, as many of them as are let in: the read-only socket is everybody's, and each connection is a
+descriptor that a domain may need.
+
+One beyond the most is answered with an error before it has asked, and closed; so is, without an answer, one that has not asked for
+anything in time. A connection that has asked once is kept for as long as its client wants: it may be a stream of events.
+"""
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+
+from aiohttp import web
+
+from kvmapp.daemon.routes import STATUS
+from kvmapp.errors import TooManyClients
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+log = logging.getLogger("kvmapp")
+FIRST_REQUEST = 30.0                    # seconds from the connection to the end of its first request
+COMPLAINT = 60.0                        # seconds between two lines in the log
+
+
+class Connections(web.Server):
+    """`most()`: how many there may be at a time; None: as many as come, and they have time."""
+
+    def __init__(self, handle: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], most: Callable[[], int] | None):
+        super().__init__(handle, handler_cancellation=True, access_log=None)
+        self.most = most
+        self.complained = -COMPLAINT
+
+    def __call__(self) -> web.RequestHandler:
+        if self.most is None:
+            return super().__call__()
+        return Connection(self, self.most)
+
+    def complain(self, most: int) -> None:
+        if time.monotonic() - self.complained >= COMPLAINT:
+            self.complained = time.monotonic()
+            log.warning("the read-only socket has its most clients (max_readonly_clients = %d): others are sent away", most)
+
+
+class Connection(web.RequestHandler):
+    __slots__ = ("connections", "deadline", "most")
+
+    def __init__(self, connections: Connections, most: Callable[[], int]):
+        super().__init__(connections, loop=asyncio.get_running_loop(), access_log=None)   # type: ignore[arg-type]
+        self.connections, self.most = connections, most
+        self.deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport) -> None:
+        most = self.most()
+        if len(self.connections.connections) < most:
+            super().connection_made(transport)
+            self.deadline = asyncio.get_running_loop().call_later(FIRST_REQUEST, self.force_close)
+            return
+        self.connections.complain(most)
+        transport.write(refusal(most))
+        transport.close()
+        self.force_close()
+
+    def connection_lost(self, error: BaseException | None) -> None:
+        self.has_asked()
+        super().connection_lost(error)
+
+    def has_asked(self) -> None:
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
+
+
+def has_asked(request: web.BaseRequest) -> None:
+    """The whole request is here."""
+    if isinstance(request.protocol, Connection):
+        request.protocol.has_asked()
+
+
+def refusal(most: int) -> bytes:
+    """The answer to what is not even read."""
+    error = TooManyClients(f"The daemon's read-only socket already has {most} clients, its most",
+                           "try again later, or use the full socket; max_readonly_clients in kvmapp.conf is the most")
+    body = json.dumps({"error": error.to_dict()}).encode()
+    head = (f"HTTP/1.1 {STATUS[error.code]} Service Unavailable\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n")
+    return head.encode() + body
