@@ -4,6 +4,7 @@ A zygote that is killed is replaced at the next need; domains do not depend on i
 """
 from __future__ import annotations
 
+import array
 import asyncio
 import json
 import logging
@@ -39,6 +40,7 @@ class Zygote:
         self.answers: dict[int, asyncio.Future[int]] = {}
         self.statuses: dict[int, asyncio.Future[int]] = {}      # of its children, by pid
         self.sending = asyncio.Lock()
+        self.rest: asyncio.Future[None] | None = None           # of a request that the socket did not take at once
 
     @property
     def pid(self) -> int | None:
@@ -60,47 +62,68 @@ class Zygote:
 
     def stop(self) -> None:
         """Its end; domains live on."""
-        if self.socket is not None:
-            asyncio.get_running_loop().remove_reader(self.socket)
-            self.socket.close()
-            self.socket = None
+        self.hang_up()
         if self.process is not None:
             self.process.wait(READY_TIMEOUT)
             self.process = None
+
+    def hang_up(self) -> None:
+        """Also wakes a thread that still sends."""
+        if self.socket is not None:
+            asyncio.get_running_loop().remove_reader(self.socket)
+            with suppress(OSError):
+                self.socket.shutdown(socket.SHUT_RDWR)
+            self.socket.close()
+            self.socket = None
 
     async def spawn(self, request: dict, fds: list[int]) -> int:
         """The pid of a new domain process. Raises HostError; ZygoteDied when nobody knows."""
         if len(fds) > FDS_MOST:
             raise HostError(f"The domain wants {len(fds)} open files from the daemon, the kernel hands over no more than {FDS_MOST}",
                             "give its network cards fewer queues (queues = N), or do without vhost")
-        async with self.sending:
-            if self.socket is None:
-                self.start()
-            assert self.socket is not None
-            self.count += 1
-            number = self.count
-            body = json.dumps({**request, "id": number}).encode()
-            answer = self.answers[number] = asyncio.get_running_loop().create_future()
-            try:
-                await self.send(self.socket, len(body).to_bytes(4, "little") + body, fds)
-            except OSError:
-                self.died()
+        self.count += 1
+        number = self.count
+        body = json.dumps({**request, "id": number}).encode()
         try:
+            async with self.sending:
+                zygote = await self.ready()
+                answer = self.answers[number] = asyncio.get_running_loop().create_future()
+                try:
+                    await self.send(zygote, len(body).to_bytes(4, "little") + body, fds)
+                except TimeoutError:
+                    self.give_up(zygote)
+                except OSError:
+                    self.died()
             return await asyncio.wait_for(answer, READY_TIMEOUT)
         except TimeoutError:
+            self.give_up(zygote)
             raise ZygoteDied("The zygote does not answer") from None
         finally:
             self.answers.pop(number, None)
 
-    @staticmethod
-    async def send(zygote: socket.socket, data: bytes, fds: list[int]) -> None:
-        """The descriptors go with the first byte. At once if the socket takes it; else beside the daemon's other work."""
+    async def ready(self) -> socket.socket:
+        """A zygote's, between two requests: who gave up in the middle of his own has left the rest of it to be sent."""
+        if self.rest is not None and not (await asyncio.wait({self.rest}, timeout=READY_TIMEOUT))[0]:
+            self.give_up(self.socket)
+        self.rest = None
+        if self.socket is None:
+            self.start()
+        assert self.socket is not None
+        return self.socket
+
+    async def send(self, zygote: socket.socket, data: bytes, fds: list[int]) -> None:
+        """The descriptors go with the first byte. At once if the socket takes it; else beside the daemon's other work, and then to the
+        end of it, whether or not somebody still waits: by descriptors of its own, for the caller closes his.
+        """
+        sent, kept = 0, []
         try:
-            sent = socket.send_fds(zygote, [data], fds, socket.MSG_DONTWAIT)
+            sent = zygote.sendmsg([data], rights(fds), socket.MSG_DONTWAIT)         # socket.send_fds forgets its flags
         except BlockingIOError:
-            sent = await asyncio.to_thread(socket.send_fds, zygote, [data[:1]], fds)
+            kept = duplicates(fds)
         if sent < len(data):
-            await asyncio.to_thread(zygote.sendall, data[sent:])
+            self.rest = asyncio.get_running_loop().run_in_executor(None, send_rest, zygote, data[sent:], kept)
+            self.rest.add_done_callback(lambda rest: rest.cancelled() or rest.exception())      # it may be nobody's by then
+            await asyncio.wait_for(asyncio.shield(self.rest), READY_TIMEOUT)
 
     async def status_of(self, pid: int, timeout: float) -> int | None:
         """How the child ended (wait status); None for one that another zygote forked, or when this one does not say."""
@@ -148,12 +171,19 @@ class Zygote:
         else:
             answer.set_exception(HostError(f"{message['error']}", "the host has too many processes or too little memory"))
 
+    def give_up(self, zygote: socket.socket | None) -> None:
+        """One that hangs is killed, unless another has come in its place: the next start brings one that answers."""
+        if zygote is None or self.socket is not zygote:
+            return
+        if self.process is not None:
+            log.error("the zygote (pid %d) does not answer: killing it", self.process.pid)
+            self.process.kill()
+        self.died()
+
     def died(self) -> None:
         if self.socket is None:
             return
-        asyncio.get_running_loop().remove_reader(self.socket)
-        self.socket.close()
-        self.socket = None
+        self.hang_up()
         if self.process is not None:
             log.warning("the zygote (pid %d) ended with status %s; the next start brings a new one", self.process.pid,
                         self.process.poll())
@@ -163,6 +193,37 @@ class Zygote:
         for answer in self.answers.values():
             if not answer.done():
                 answer.set_exception(ZygoteDied("The zygote died before it had started the domain"))
+
+
+def rights(fds: list[int]) -> list[tuple[int, int, array.array]]:
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+
+
+def duplicates(fds: list[int]) -> list[int]:
+    """All or none. Raises HostError, for this is no fault of the zygote's."""
+    kept: list[int] = []
+    try:
+        for fd in fds:
+            kept.append(os.dup(fd))
+    except OSError as error:
+        close_all(kept)
+        raise HostError(f"Cannot hand the domain its open files: {error.strerror}") from None
+    return kept
+
+
+def close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+def send_rest(zygote: socket.socket, data: bytes, fds: list[int]) -> None:
+    """In a thread, for as long as the zygote does not read."""
+    try:
+        if fds:
+            data = data[zygote.sendmsg([data[:1]], rights(fds)):]
+        zygote.sendall(data)
+    finally:
+        close_all(fds)
 
 
 def command() -> list[str]:

@@ -1,6 +1,7 @@
 """The daemon's end of the zygote, with a zygote of the test's own."""
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -58,3 +59,67 @@ def test_more_descriptors_than_a_message_takes_are_no_death_of_the_zygote():
         zygote.stop()
     assert spawn.FDS_MOST == zygote_end.MAX_FDS
     asyncio.run(start())
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["nothing", "part"])
+def test_who_gives_up_in_the_middle_of_a_request_leaves_the_next_one_whole(full):
+    """A destroy while the zygote warms up: what followed was read as the rest of the first request."""
+    async def story():
+        zygote = Zygote()
+        zygote.socket, theirs = socket.socketpair()
+        asyncio.get_running_loop().add_reader(zygote.socket, zygote.receive)
+        before = fill(zygote.socket) if full else 0
+        handed, kept = os.pipe()
+        first = asyncio.create_task(zygote.spawn({"name": "x" * (4 << 20)}, [handed]))
+        while zygote.rest is None and not first.done():
+            await asyncio.sleep(0)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        os.close(handed)                                # it is the caller's
+        second = asyncio.create_task(zygote.spawn({"name": "second"}, []))
+        theirs.settimeout(60)
+        await asyncio.to_thread(zygote_end.exactly, theirs, before)
+        request, fds = await asyncio.to_thread(zygote_end.receive, theirs)
+        assert request["name"][0] == "x" and len(fds) == 1 and not zygote.answers.keys() & {1}
+        os.write(kept, b"!")
+        assert os.read(fds[0], 1) == b"!"
+        request, none = await asyncio.to_thread(zygote_end.receive, theirs)
+        assert (request["name"], none) == ("second", [])
+        theirs.sendall(json.dumps({"id": request["id"], "pid": 1 << 30}).encode() + b"\n")
+        assert await second == 1 << 30
+        for fd in (kept, *fds):
+            os.close(fd)
+        theirs.close()
+        zygote.stop()
+    asyncio.run(story())
+
+
+def fill(full):
+    """So that it takes not a byte more; how many it took."""
+    sent = 0
+    try:
+        while True:
+            sent += full.send(b"x" * 4096, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return sent
+
+
+@pytest.mark.parametrize("size", [1, 4 << 20], ids=["answering", "reading"])
+def test_a_zygote_that_hangs_is_killed_and_replaced(monkeypatch, size):
+    """Every start failed from then on, as long as the daemon ran."""
+    monkeypatch.setattr(spawn, "READY_TIMEOUT", 0.5)
+    monkeypatch.setattr(spawn, "command", lambda: ["sh", "-c", "exec sleep infinity"])
+
+    async def story():
+        zygote = Zygote()
+        zygote.start()
+        hung = zygote.process
+        assert hung
+        with pytest.raises(ZygoteDied):
+            await zygote.spawn({"name": "x" * size}, [])
+        assert await asyncio.to_thread(hung.wait, 60) == -signal.SIGKILL and zygote.socket is None
+        with pytest.raises(ZygoteDied):
+            await zygote.spawn({}, [])
+        assert zygote.count == 2 and zygote.process is None
+    asyncio.run(story())
