@@ -295,6 +295,8 @@ class DomainProcess:
 
     def kill(self) -> None:
         """SIGKILL, to this very process."""
+        if self.pidfd < 0 and self.pid and not self.ended:      # a start that is undone has given its descriptors back
+            self.watch_again()
         with suppress(ProcessLookupError):
             if self.pidfd >= 0:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)

@@ -63,3 +63,14 @@ def test_a_process_that_was_never_seen_clearly_is_known_by_its_name(child):
         await process.check()
         assert process.ended and child.poll() is None
     asyncio.run(story())
+
+
+def test_a_start_that_is_undone_ends_the_process_that_it_could_not_look_at(child):
+    process = DomainProcess("web", "/nowhere", lambda: None, lambda: None)
+
+    async def story():
+        with nothing_left():
+            process.watch(child.pid)
+        process.kill()
+        assert await process.wait_end(60)
+    asyncio.run(story())
