@@ -196,7 +196,7 @@ def test_a_card_that_goes_as_the_save_begins_costs_a_second_try(tmp_path):
         return True
     first = {"title": "first"}
     process = SimpleNamespace(ask=ask)
-    domain: Any = SimpleNamespace(name="web", live=live("first"), want_active=lambda: process, wait_until=gone)
+    domain: Any = SimpleNamespace(name="web", live=live("first"), outdated=False, want_active=lambda: process, wait_until=gone)
     paths = Paths(str(tmp_path))
     paths.make_folders()
     asyncio.run(saving.write(paths, domain, str(tmp_path / "web.save"), SimpleNamespace(progress=""), {}))   # type: ignore[arg-type]
