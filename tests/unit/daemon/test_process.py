@@ -7,7 +7,8 @@ import subprocess
 
 import pytest
 
-from kvmapp.daemon.process import UNKNOWN, DomainProcess, start_time_of
+from kvmapp.daemon.process import UNKNOWN, DomainProcess, start_time_of, title_of
+from tests.waiting import until
 
 
 @contextlib.contextmanager
@@ -26,6 +27,7 @@ def nothing_left():
 @pytest.fixture
 def child():
     with subprocess.Popen(["kvmapp: web"], executable="/bin/cat", stdin=subprocess.PIPE) as one:
+        until(lambda: title_of(one.pid))         # a new program's words come a moment after its files were closed
         yield one
         one.kill()
 
