@@ -1,7 +1,7 @@
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from kvmapp.abi.posix cimport iovec
-from kvmapp.iothread cimport EventSource, IoThread
+from kvmapp.iothread cimport EventSource, IoThread, Timer
 from kvmapp.net.backend cimport NetBackend
 from kvmapp.virtio.device cimport VirtioDevice
 from kvmapp.virtio.vhost cimport VhostNet
@@ -21,11 +21,16 @@ cdef class FrameReader(EventSource):
     cdef QueuePair pair
 
 
+cdef class Patience(Timer):
+    cdef QueuePair pair
+
+
 cdef class QueuePair:
     cdef VirtioDevice device
     cdef readonly NetBackend backend
     cdef readonly VhostNet vhost
     cdef FrameReader reader
+    cdef Patience patience
     cdef Virtqueue receiver
     cdef Virtqueue transmitter
     cdef bint link                   # the cable is in
@@ -42,7 +47,11 @@ cdef class QueuePair:
     cdef uint64_t room               # bytes
     cdef Chain chain
     cdef Chain outgoing              # of its own: a backend that answers has `receive` run within `send`
-    cdef uint8_t overflow[8]
+
+    # A frame for which there was no room waits in `spill`, `kept` bytes with its header; only while the queue is live.
+    cdef uint8_t* spill
+    cdef uint64_t kept
+    cdef public int64_t patience_ns  # ... and not longer than this
 
     cdef readonly uint64_t rx_packets, rx_bytes, rx_dropped
     cdef readonly uint64_t tx_packets, tx_bytes, tx_dropped
@@ -55,7 +64,11 @@ cdef class QueuePair:
     cdef void kicked(self, Virtqueue queue) noexcept nogil
     cdef void frames_ready(self) noexcept nogil
     cdef void receive(self, Virtqueue queue) noexcept nogil
-    cdef bint post(self, Virtqueue queue) noexcept nogil
+    cdef int post(self, Virtqueue queue, uint64_t wanted) noexcept nogil
+    cdef void keep(self, uint64_t length) noexcept nogil
+    cdef bint settle_kept(self, Virtqueue queue) noexcept nogil
+    cdef void drop_kept(self) noexcept nogil
+    cdef void patience_ends(self) noexcept nogil
     cdef void deliver(self, Virtqueue queue, uint64_t length) noexcept nogil
     cdef void mark_buffers(self, uint16_t count) noexcept nogil
     cdef void unpost(self, Virtqueue queue) noexcept nogil

@@ -2,14 +2,17 @@
 
 Frames go straight between guest memory and the backend: a transmit chain is written as it stands, its header in front; receive
 buffers are taken from the ring ahead of frames, a frame is read into as many as it needs, and their chains are given back. When the
-driver has no room left the reader sleeps (the host queues and then drops) until it is kicked. The frame's header is judged by the
-host's kernel. With a VhostNet the kernel does all this instead, as long as the queues run and the cable is in.
+driver has no room left the reader sleeps (the host queues and then drops) until it is kicked. A frame that the room left is too small
+for is kept aside until there is more, but never for long: a driver may wait for frames before it gives more. The frame's header is
+judged by the host's kernel. With a VhostNet the kernel does all this instead, as long as the queues run and the cable is in.
 """
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
 
 from kvmapp.abi.epoll cimport EPOLLET, EPOLLIN
 from kvmapp.abi.posix cimport EAGAIN, pthread_mutex_lock, pthread_mutex_unlock
 from kvmapp.abi.tun cimport EBADFD
+from kvmapp.iothread cimport monotonic_ns
 from kvmapp.net.backend cimport LARGEST_FRAME, NET_HEADER
 from kvmapp.virtio.virtqueue cimport QUEUE_SIZE_MAX, chain_allocate, chain_free
 
@@ -19,8 +22,14 @@ cdef enum:
     BATCH = 128                      # frames in a round, then others have their turn
     SHOWN = 64                       # ... and so many the driver sees at once: it works on them while we do the next
     ETHERNET_HEADER = 14
-    VLAN_TAG = 4
     NUM_BUFFERS = 10                 # offset in the header
+    SPILL = LARGEST_FRAME + NET_HEADER
+    PATIENCE = 100000000             # ns that a kept frame waits: less than TCP does before it sends again
+
+    # What `post` has to say.
+    OVER = 0                         # no frame now: the next round comes by itself, or by a kick
+    SHORT = 1                        # these are all that the driver has given
+    ENOUGH = 2                       # so many are wanted, or one read takes
 
 
 cdef class FrameReader(EventSource):
@@ -34,6 +43,16 @@ cdef class FrameReader(EventSource):
         self.pair.frames_ready()
 
 
+cdef class Patience(Timer):
+    """A kept frame has waited long enough."""
+
+    def __cinit__(self, QueuePair pair not None):
+        self.pair = pair
+
+    cdef void expired(self) noexcept nogil:
+        self.pair.patience_ends()
+
+
 cdef class QueuePair:
     """`receiver` and `transmitter` belong to `device`, whose log it complains in."""
 
@@ -43,9 +62,15 @@ cdef class QueuePair:
         self.header = NET_HEADER
         chain_allocate(&self.chain, QUEUE_SIZE_MAX)
         chain_allocate(&self.outgoing, QUEUE_SIZE_MAX)
+        self.spill = <uint8_t*>malloc(SPILL + 1)         # its pages are not there before they are used
+        if self.spill == NULL:
+            raise MemoryError
         self.reader = FrameReader(self)
+        self.patience = Patience(self)
+        self.patience_ns = PATIENCE
 
     def __dealloc__(self):
+        free(self.spill)
         chain_free(&self.chain)
         chain_free(&self.outgoing)
 
@@ -58,6 +83,7 @@ cdef class QueuePair:
         self.leave_thread()
         if self.reader.fd >= 0:
             thread.add(self.reader, EPOLLET)
+            thread.add(self.patience)
         if self.backend.waiter is not None:
             self.backend.answers = True
             thread.wait_by(self.backend.waiter, self.reader)
@@ -69,7 +95,7 @@ cdef class QueuePair:
         """When this returns nothing of the pair is served any more."""
         if self.backend.waiter is not None and self.reader.thread is not None:
             self.reader.thread.wait_by(None)
-        for source in (self.reader, *(() if self.vhost is None else (*self.vhost.calls, *self.vhost.faults))):
+        for source in (self.reader, self.patience, *(() if self.vhost is None else (*self.vhost.calls, *self.vhost.faults))):
             if (<EventSource>source).thread is not None:
                 (<EventSource>source).thread.remove(source)
 
@@ -149,44 +175,49 @@ cdef class QueuePair:
     cdef void receive(self, Virtqueue queue) noexcept nogil:
         """Frames into posted buffers, until there are no more of the one or the other."""
         cdef ssize_t length
+        cdef uint64_t held
         cdef uint32_t done = 0
         while done < BATCH:
-            if not self.link or not self.post(queue):
+            if not self.link or (self.kept and not self.settle_kept(queue)) or self.post(queue, self.frame_room) == OVER:
                 self.watch_frames(False)
                 return
-            # What does not fit spills over here, and shows that the frame was larger than the room.
-            self.vectors[self.vector_count].iov_base = self.overflow
-            self.vectors[self.vector_count].iov_len = sizeof(self.overflow)
+            # What does not fit spills over here, at its place in the frame. The last byte is that of a frame larger than any.
+            held = min(self.room, <uint64_t>SPILL)
+            self.vectors[self.vector_count].iov_base = self.spill + held
+            self.vectors[self.vector_count].iov_len = SPILL + 1 - held
             length = self.backend.receive(self.vectors, self.vector_count + 1)
             if length < 0:
                 if length != -EAGAIN and length != -EBADFD:      # the latter: a queue of the tap's that is not used now
                     self.device.complain(b"no frames from the host, error", -length)
                 self.watch_frames(length != -EBADFD)     # an error is that of one frame, lost as on a wire: the next one may be good
                 return
-            if length <= self.header or <uint64_t>length > self.room:
+            if length <= self.header:
                 self.rx_dropped += 1
-            else:
+            elif <uint64_t>length <= self.room:
                 self.deliver(queue, length)
+            elif self.mergeable and length <= SPILL:
+                self.keep(length)
+            else:
+                self.rx_dropped += 1
             done += 1
             if done % SHOWN == 0:
                 self.device.notify_used(queue)
         queue.doorbell.press()
 
-    cdef bint post(self, Virtqueue queue) noexcept nogil:
-        """Takes buffers from the ring until the largest frame has room; False when the driver must give more first."""
+    cdef int post(self, Virtqueue queue, uint64_t wanted) noexcept nogil:
+        """Takes buffers from the ring until `wanted` bytes have room."""
         cdef uint32_t most = POSTED_MOST if self.mergeable else 1
         cdef int got
-        while self.room < self.frame_room and self.posted < most:
+        while self.room < wanted and self.posted < most:
             got = queue.pop(&self.chain)
             if got < 0:
-                return False
+                return OVER
             if got == 0:
-                # Nothing more to have now: a VLAN tag's four bytes may lack, or the whole ring is smaller than a large frame.
-                return self.room + VLAN_TAG >= self.frame_room or self.posted == queue.size
+                return SHORT if self.posted and not queue.waits() else OVER
             if self.chain.readable_count or self.chain.writable_bytes <= self.header:
                 queue.unpop(&self.chain)         # nobody holds it: a saved ring of packed descriptors has none under way
                 queue.fail(b"receive buffer has a readable part, or no room for a header", self.chain.writable_bytes)
-                return False
+                return OVER
             if self.vector_count + self.chain.writable_count > POSTED_VECTORS:
                 queue.unpop(&self.chain)
                 break
@@ -197,7 +228,53 @@ cdef class QueuePair:
             self.vector_count += self.chain.writable_count
             self.room += self.chain.writable_bytes
             self.posted += 1
-        return self.posted > 0
+        return ENOUGH if self.posted else OVER
+
+    cdef void keep(self, uint64_t length) noexcept nogil:
+        """The frame just read has `length` bytes, more than the room: what lies in the buffers goes before what spilled over."""
+        cdef uint64_t done = 0
+        cdef uint32_t i
+        for i in range(self.vector_count):
+            memcpy(self.spill + done, self.vectors[i].iov_base, self.vectors[i].iov_len)
+            done += self.vectors[i].iov_len
+        self.kept = length
+        self.patience.arm(monotonic_ns() + self.patience_ns, 0)
+
+    cdef bint settle_kept(self, Virtqueue queue) noexcept nogil:
+        """Delivers the kept frame, or gives it up; False: it waits for more buffers, and all others behind it."""
+        cdef uint64_t done = 0, step
+        cdef uint32_t i = 0
+        cdef int answer = self.post(queue, self.kept)
+        if answer == OVER:
+            return False
+        if self.room < self.kept:
+            # Linux gives more when less than half of its ring is left, and not before.
+            if answer == SHORT and 2 * self.vector_count < queue.size:
+                return False
+            self.drop_kept()
+            return True
+        while done < self.kept:
+            step = min(self.kept - done, <uint64_t>self.vectors[i].iov_len)
+            memcpy(self.vectors[i].iov_base, self.spill + done, step)
+            done += step
+            i += 1
+        self.deliver(queue, self.kept)
+        self.kept = 0
+        return True
+
+    cdef void drop_kept(self) noexcept nogil:
+        if self.kept:
+            self.kept = 0
+            self.rx_dropped += 1
+
+    cdef void patience_ends(self) noexcept nogil:
+        """In the receive queue's I/O thread: smaller frames may pass, after which a driver with a rule of its own gives buffers again."""
+        pthread_mutex_lock(&self.receiver.lock)
+        if self.kept and self.receiver.live:
+            self.drop_kept()
+            self.receive(self.receiver)
+            self.device.notify_used(self.receiver)
+        pthread_mutex_unlock(&self.receiver.lock)
 
     cdef void deliver(self, Virtqueue queue, uint64_t length) noexcept nogil:
         """Gives back the posted chains that a frame of `length` bytes filled."""
@@ -234,6 +311,8 @@ cdef class QueuePair:
             offset += 1
 
     cdef void unpost(self, Virtqueue queue) noexcept nogil:
+        """Whoever works on the queue next finds it as the driver left it; a kept frame is lost, as on a wire."""
+        self.drop_kept()
         while self.posted:
             queue.unpop(&self.chain)
             self.posted -= 1
