@@ -179,7 +179,7 @@ cdef class VirtioNet(VirtioDevice):
                     features & NEEDS_CONTROL and not features >> VIRTIO_NET_F_CTRL_VQ & 1)
 
     cdef void activate(self) noexcept nogil:
-        cdef uint64_t mtu = self.net_config.mtu if self.has(VIRTIO_NET_F_MTU) else DEFAULT_MTU
+        cdef uint64_t mtu = max(self.net_config.mtu, DEFAULT_MTU)    # what comes is the host's, whether the driver was told or not
         cdef bint mergeable = self.has(VIRTIO_NET_F_MRG_RXBUF)
         cdef uint32_t i, header = NET_HEADER if mergeable or self.has(VIRTIO_F_VERSION_1) else LEGACY_HEADER
         cdef uint64_t room = header + (LARGEST_FRAME if self.features & NEEDS_GUEST_CSUM else mtu + ETHERNET_HEADER + VLAN_TAG)

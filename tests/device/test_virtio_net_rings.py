@@ -34,8 +34,8 @@ class Receiver:
             self.queue = self.driver.queue_kind(self.driver, 0, size)
             self.queue.enable(vector=1)
         self.buffers = [guest.allocate(BUFFER) for _ in range(size)]
-        self.under_way = {}
-        self.parts = []
+        self.under_way: dict[int, int] = {}
+        self.parts: list[bytes] = []
         self.refill(given)
 
     def refill(self, most=QUEUE_SIZE):
@@ -87,7 +87,7 @@ def run(receiver, sizes, after_frames=lambda: None):
             receiver.arrives(number, size)
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
-    heard = []
+    heard: list[int] = []
     while not heard or heard[-1] != len(sizes) - 1:
         heard += [number_of(frame) for frame in receiver.received()]
         receiver.refill()
@@ -140,7 +140,7 @@ def test_a_frame_that_waits_goes_before_all_others_when_there_is_room(wiring):
         guest.settle()
         assert not receiver.queue.collect()
         receiver.refill(20)
-        heard = []
+        heard: list[int] = []
         while len(heard) < 2:
             heard += [number_of(frame) for frame in receiver.received()]
         assert heard == [1, 2] and receiver.dropped == 0
@@ -154,6 +154,18 @@ def test_a_driver_that_gives_more_only_at_the_very_end_gets_what_fits():
         receiver.arrives(2, 60)
         assert [number_of(frame) for frame in receiver.received()] == [2]
         assert receiver.dropped == 1
+
+
+@pytest.mark.parametrize("wiring", ["pci", "legacy", "packed"])
+def test_a_jumbo_frame_passes_to_a_driver_without_offloads_that_knows_no_mtu(wiring):
+    with Guest(wiring=wiring) as guest:
+        receiver = Receiver(guest, 256, without=GUEST_TSO)
+        receiver.arrives(1, 9014)
+        receiver.arrives(2, 60)
+        heard: list[int] = []
+        while len(heard) < 2:
+            heard += [number_of(frame) for frame in receiver.received()]
+        assert heard == [1, 2]
 
 
 def test_a_frame_that_waits_is_lost_with_a_reset():
