@@ -2,6 +2,8 @@
 
 machine.py puts them into slots. Descriptors that others opened come in `files`, under their names there (cardfiles.py).
 """
+import os
+
 from kvmapp.cardfiles import file_name, open_vhost
 from kvmapp.errors import HostError, Unsupported
 from kvmapp.iothread import IoThread
@@ -42,15 +44,24 @@ def make_device(interface: "InterfaceConfig", files: dict[str, int], memory) -> 
 
 def make_virtio(interface: "InterfaceConfig", files: dict[str, int], memory, backends: list, threads: list[IoThread]) -> "VirtioNet":
     from kvmapp.virtio.net import VirtioNet
-    vhost = [files.pop(file_name("vhost", interface.index, pair), -1) for pair in range(interface.queues)]
-    if -1 in vhost:
-        vhost = open_vhost(interface)
-    device = VirtioNet(card_name(interface), memory, backends, mac_bytes(interface), mtu=interface.mtu or 0,
-                       link=interface.link == "up", vhost=vhost)
+    vhost = [fd for pair in range(interface.queues) if (fd := files.pop(file_name("vhost", interface.index, pair), -1)) >= 0]
+    try:
+        if len(vhost) < interface.queues:
+            close_all(vhost)
+            vhost += open_vhost(interface)
+        device = VirtioNet(card_name(interface), memory, backends, mac_bytes(interface), mtu=interface.mtu or 0,
+                           link=interface.link == "up", vhost=vhost)
+    finally:
+        close_all(vhost)                                             # what the card has not taken
     for pair, thread in enumerate(threads):
         device.run_on(thread, [2 * pair, 2 * pair + 1])
     device.run_on(threads[0], [2 * interface.queues])                # the control queue
     return device
+
+
+def close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
 
 
 def make_e1000(interface: "InterfaceConfig", _files: dict[str, int], memory, backends: list, threads: list[IoThread]) -> "E1000":

@@ -65,7 +65,8 @@ USO = (VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6)
 cdef class VirtioNet(VirtioDevice):
     """A card with the address `mac` (6 bytes); `mtu` is told to the driver unless it is 0, `link` is whether its cable is in.
 
-    `backends` is a NetBackend, or a list of them, one a pair of queues. `vhost` are as many open /dev/vhost-net, or none.
+    `backends` is a NetBackend, or a list of them, one a pair of queues. `vhost` are as many open /dev/vhost-net, or none;
+    it takes them out of the list, and those that it leaves there after an error are still the caller's.
     """
 
     def __cinit__(self, str name not None, memory, backends not None, bytes mac not None, *, uint16_t mtu=0, bint link=True,
@@ -87,8 +88,8 @@ cdef class VirtioNet(VirtioDevice):
         self.offer_features(mtu)
         self.add_queue(CONTROL_SIZE)
         chain_allocate(&self.chain, QUEUE_SIZE_MAX)
-        for pair, fd in zip(self.pairs, vhost or ()):
-            pair.use_vhost(fd)
+        if vhost:
+            self.use_vhost(vhost)
 
     def __dealloc__(self):
         chain_free(&self.chain)
@@ -101,6 +102,17 @@ cdef class VirtioNet(VirtioDevice):
         self.pair_table[self.pair_count] = <PyObject*>pair
         self.pairs.append(pair)
         self.pair_count += 1
+
+    def use_vhost(self, list fds not None):
+        """One a pair, taken out of `fds`. Raises HostError, and then none of those that were taken is left open."""
+        try:
+            for pair in self.pairs:
+                pair.use_vhost(fds.pop(0))
+        except BaseException:
+            for pair in self.pairs:
+                if pair.vhost is not None:
+                    pair.vhost.close()
+            raise
 
     def offer_features(self, mtu):
         first = (<QueuePair>self.pairs[0]).backend

@@ -1,9 +1,11 @@
 """The network card's control queue and its pairs of queues: commands that are carried out, and whatever else a driver may send."""
+import os
 import socket
 import subprocess
 
 import pytest
 
+from kvmapp import netcards
 from kvmapp.config import InterfaceConfig
 from kvmapp.daemon.taps import open_tap
 from kvmapp.errors import HostError
@@ -173,3 +175,19 @@ def test_a_tap_of_one_queue_is_no_tap_of_several(many_queues):
         assert "multi_queue" in refusal.value.hint
     finally:
         subprocess.run(["ip", "link", "delete", name], check=True)
+
+
+def test_a_card_whose_vhost_is_refused_leaves_nothing_open(guest, monkeypatch):
+    """What it was given for its later pairs would stay open for as long as the domain runs."""
+    def open_ends(interface, files, backends):
+        backends += [FrameDescriptor(fd=socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].detach()) for _ in range(3)]
+    monkeypatch.setattr(netcards, "open_backends", open_ends)
+    interface = InterfaceConfig(index=0, type="tap", target="t0", mac="52:54:00:7f:0d:cb", queues=3, vhost="yes")
+    files = {name: os.open(os.devnull, os.O_RDWR) for name in ("vhost:0", "vhost:0.1", "vhost:0.2")}
+    fds = list(files.values())
+    with pytest.raises(HostError, match="net0: vhost-net cannot be used: VHOST_SET_OWNER"):
+        netcards.make_device(interface, files, guest.memory)
+    assert not files
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
