@@ -1,4 +1,4 @@
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvmapp.abi.posix cimport iovec, pollfd
 from kvmapp.abi.slirp cimport Slirp
@@ -7,6 +7,7 @@ from kvmapp.net.backend cimport NetBackend
 
 cdef enum:
     FRAME_MOST = 65536
+    SOCKETS_MOST = 4096              # that libslirp may have open for one guest
 
 
 cdef class Router(Waiter):
@@ -22,9 +23,18 @@ cdef class Router(Waiter):
     cdef uint32_t kept               # frames in there
     cdef bint calls                  # the card's reader is called as frames come
     cdef bint fed                    # libslirp has had frames since the last wait
+    cdef uint64_t flow               # of the frame that libslirp has, 0 when it has none
+    cdef uint64_t flows[SOCKETS_MOST]        # of each of its sockets: what the frame was for which it was opened
+    cdef int sockets[SOCKETS_MOST]   # ... and its descriptor
+    cdef int socket_count
+    cdef int polled                  # descriptors that libslirp had polled at the last wait
+    cdef readonly int sockets_most   # with so many a frame that needs one more is dropped
     cdef uint8_t frame[FRAME_MOST]   # the guest's, while libslirp has it
 
     cdef int forward(self, str text) except -1
+    cdef bint has_room(self, uint64_t flow) noexcept nogil
+    cdef void opened(self, int fd) noexcept nogil
+    cdef void closed(self, int fd) noexcept nogil
     cdef void present(self, bint calls) noexcept nogil
     cdef int watch(self, int fd, short events) noexcept nogil
     cdef void give(self, const void* data, uint32_t length) noexcept nogil

@@ -4,14 +4,16 @@
 libslirp is the router 10.0.2.2, a DHCP server (the guest gets 10.0.2.15) and a DNS relay 10.0.2.3. The guest reaches what the process
 may reach, by TCP, UDP and ICMP echo; nothing reaches the guest but by a forward. libslirp runs in the card's I/O thread, for which its
 Router does the waiting: a frame goes from the guest's ring into a socket, or the other way, without another thread in between. The
-host's 127.0.0.1 is not a guest's to reach. Left out: IPv6, offloads, TFTP.
+host's 127.0.0.1 is not a guest's to reach. libslirp opens a socket for each of the guest's flows, without end, and keeps those of UDP for
+minutes; with so many open that they would take what the process needs for itself, frames that begin another flow are dropped. Left out:
+IPv6, offloads, TFTP.
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove, memset
 
 from kvmapp.abi.epoll cimport EPOLLIN
-from kvmapp.abi.posix cimport (EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, POLLERR, POLLHUP, POLLIN, POLLOUT, atomic_load_u32,
+from kvmapp.abi.posix cimport (EAGAIN, EFD_CLOEXEC, EFD_NONBLOCK, EINTR, EMFILE, POLLERR, POLLHUP, POLLIN, POLLOUT, atomic_load_u32,
                                atomic_store_u32, close, errno, eventfd, iovec, poll, pollfd, read, write)
 from kvmapp.abi.slirp cimport (SLIRP_POLL_ERR, SLIRP_POLL_HUP, SLIRP_POLL_IN, SLIRP_POLL_OUT, SLIRP_POLL_PRI, SlirpCb,
                                SlirpConfig, SlirpTimerCb, in_addr, inet_aton, slirp_add_hostfwd, slirp_cleanup, slirp_input,
@@ -20,6 +22,7 @@ from kvmapp.iothread cimport monotonic_ns
 from kvmapp.net.backend cimport NET_HEADER
 
 import os
+import resource
 
 from kvmapp.errors import HostError
 from kvmapp.values import Forward
@@ -30,9 +33,27 @@ cdef enum:
     LENGTH = 4                       # bytes before each that tell its length
     OWN_POLLS = 1                    # the thread's other descriptors
     SOME_POLLS = 16
+    UNTOLD = -2                      # stands for a socket of which libslirp does not tell, as up to 4.7 for a forward of UDP
     LONGEST_SLEEP = 3600 * 1000      # ms
-    ETHERTYPE = 12                   # offsets in a frame: of its type, and of the target's address in IPv4
-    TARGET = 14 + 16
+    SHARE = 4                        # of the process's descriptors the sockets take one in so many
+    IPV4_HEADER = 20
+    ETHERTYPE = 12                   # offsets in a frame: of its type, of its packet, and of an IPv4 packet's fields
+    PACKET = 14
+    FRAGMENT = PACKET + 6
+    PROTOCOL = PACKET + 9
+    SOURCE = PACKET + 12
+    TARGET = PACKET + 16
+    ICMP = 1
+    TCP = 6
+    UDP = 17
+    ECHO = 8
+    TCP_FLAGS = 13
+    TCP_SYN = 2
+    TCP_ACK = 16
+
+# What a frame needs of libslirp's sockets, unless it is a datagram: those with the same source share one, which `flow_of` names.
+cdef uint64_t NO_SOCKET = 0
+cdef uint64_t NEW_SOCKET = 1
 
 cdef uint8_t EMPTY_HEADER[NET_HEADER]
 memset(EMPTY_HEADER, 0, NET_HEADER)
@@ -59,6 +80,7 @@ cdef class UserNet(NetBackend):
         cdef uint8_t* frame = self.router.frame
         cdef size_t length = 0
         cdef uint32_t header = atomic_load_u32(&self.header)
+        cdef uint64_t flow
         cdef int i
         if self.router.slirp == NULL:
             return 0
@@ -68,9 +90,14 @@ cdef class UserNet(NetBackend):
             memcpy(frame + length, vector[i].iov_base, vector[i].iov_len)
             length += vector[i].iov_len
         if length > header and not is_for_loopback(frame + header, length - header):
+            flow = flow_of(frame + header, length - header)
+            if not self.router.has_room(flow):
+                return -EMFILE
             self.router.calls = self.answers
             self.router.fed = True
+            self.router.flow = flow
             slirp_input(self.router.slirp, frame + header, <int>(length - header))
+            self.router.flow = NO_SOCKET
             self.router.present(self.answers)
         return length
 
@@ -90,6 +117,8 @@ cdef class Router(Waiter):
         if self.store == NULL or self.polls == NULL:
             raise MemoryError
         self.poll_room = SOME_POLLS
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.sockets_most = SOCKETS_MOST if most == resource.RLIM_INFINITY else min(most // SHARE, SOCKETS_MOST)
         cdef SlirpConfig config
         memset(&config, 0, sizeof(config))
         config.version = 1
@@ -128,9 +157,14 @@ cdef class Router(Waiter):
         cdef bytes host_text = address.encode()
         inet_aton(host_text, &host)
         inet_aton(b"10.0.2.15", &guest)
+        before = self.socket_count
+        self.flow = datagram_flow(<uint8_t*>&guest.s_addr, to_port) if protocol == "udp" else NO_SOCKET
         if slirp_add_hostfwd(self.slirp, protocol == "udp", host, port, guest, to_port) < 0:
             raise HostError(f"Cannot forward {protocol} port {port} of {address} to the guest: {os.strerror(errno)}",
                             f"see who has it: ss -lnp 'sport = {port}'; or choose another port")
+        if self.socket_count == before:
+            self.opened(UNTOLD)
+        self.flow = NO_SOCKET
         return 0
 
     cdef void wait(self, int epoll) noexcept nogil:
@@ -145,6 +179,7 @@ cdef class Router(Waiter):
         self.watch(epoll, POLLIN)
         if works:
             slirp_pollfds_fill(self.slirp, &timeout, add_poll, <void*>self)
+            self.polled = self.poll_count - OWN_POLLS
             timeout = 0 if self.fed else timeout
             self.fed = False
         done = poll(self.polls, self.poll_count, <int>min(timeout, <uint32_t>LONGEST_SLEEP))
@@ -152,6 +187,32 @@ cdef class Router(Waiter):
             self.calls = True
             slirp_pollfds_poll(self.slirp, done < 0 and errno != EINTR, get_revents, <void*>self)
             self.present(True)
+
+    cdef bint has_room(self, uint64_t flow) noexcept nogil:
+        """Whether libslirp may have a frame of this flow, which may make it open a socket."""
+        cdef int i
+        if flow == NO_SOCKET or max(self.socket_count, self.polled) < self.sockets_most:
+            return True
+        for i in range(self.socket_count):
+            if self.flows[i] == flow and flow != NEW_SOCKET:
+                return True
+        return False
+
+    cdef void opened(self, int fd) noexcept nogil:
+        """One more of libslirp's sockets. Those that others open, by a forward, may be more than there is room for."""
+        if self.socket_count < SOCKETS_MOST:
+            self.sockets[self.socket_count] = fd
+            self.flows[self.socket_count] = self.flow
+            self.socket_count += 1
+
+    cdef void closed(self, int fd) noexcept nogil:
+        cdef int i
+        for i in range(self.socket_count):
+            if self.sockets[i] == fd:
+                self.socket_count -= 1
+                self.sockets[i] = self.sockets[self.socket_count]
+                self.flows[i] = self.flows[self.socket_count]
+                return
 
     cdef void present(self, bint calls) noexcept nogil:
         """libslirp is done for now: the card takes what frames there are, at once when it may be called, else when the bell rings."""
@@ -233,6 +294,39 @@ cdef bint is_for_loopback(const uint8_t* frame, ssize_t length) noexcept nogil:
     return length > TARGET and frame[ETHERTYPE] == 0x08 and frame[ETHERTYPE + 1] == 0 and frame[TARGET] in (0, 127)
 
 
+cdef uint64_t flow_of(const uint8_t* frame, ssize_t length) noexcept nogil:
+    """NO_SOCKET: libslirp opens none for the frame; NEW_SOCKET: one of its own; else it opens one unless this flow has one.
+
+    A fragment is as bad as any: what it is a part of shows only when libslirp has put it together.
+    """
+    cdef ssize_t start
+    if length < PACKET + IPV4_HEADER or frame[ETHERTYPE] != 0x08 or frame[ETHERTYPE + 1] != 0:
+        return NO_SOCKET
+    if frame[FRAGMENT] & 0x3F or frame[FRAGMENT + 1]:                # more of them, or an offset
+        return NEW_SOCKET
+    start = PACKET + (frame[PACKET] & 15) * 4
+    if length <= start + TCP_FLAGS and frame[PROTOCOL] == TCP or length < start + 8:
+        return NO_SOCKET                                             # no whole header
+    if frame[PROTOCOL] == TCP:
+        return NEW_SOCKET if frame[start + TCP_FLAGS] & (TCP_SYN | TCP_ACK) == TCP_SYN else NO_SOCKET
+    if frame[PROTOCOL] == ICMP:
+        return NEW_SOCKET if frame[start] == ECHO and not is_for_router(frame) else NO_SOCKET
+    return datagram_flow(frame + SOURCE, frame[start] << 8 | frame[start + 1]) if frame[PROTOCOL] == UDP else NO_SOCKET
+
+
+cdef bint is_for_router(const uint8_t* frame) noexcept nogil:
+    """An IPv4 packet to 10.0.2.2 or 10.0.2.3, where libslirp itself answers to an echo."""
+    cdef const uint8_t* target = frame + TARGET
+    return target[0] == 10 and target[1] == 0 and target[2] == 2 and target[3] in (2, 3)
+
+
+cdef uint64_t datagram_flow(const uint8_t* address, uint32_t port) noexcept nogil:
+    """libslirp knows a UDP socket by the guest's address, of 4 bytes, and port alone."""
+    cdef uint32_t source
+    memcpy(&source, address, sizeof(source))
+    return <uint64_t>1 << 63 | <uint64_t>source << 16 | port
+
+
 # What libslirp calls, in our thread. Its only timer is that of IPv6 advertisements, which are off.
 
 cdef ssize_t send_packet(const void* data, size_t length, void* opaque) noexcept nogil:
@@ -260,8 +354,12 @@ cdef void timer_mod(void* timer, int64_t expire_ms, void* opaque) noexcept nogil
     pass
 
 
-cdef void poll_fd(int fd, void* opaque) noexcept nogil:
-    pass
+cdef void register_poll_fd(int fd, void* opaque) noexcept nogil:
+    (<Router>opaque).opened(fd)
+
+
+cdef void unregister_poll_fd(int fd, void* opaque) noexcept nogil:
+    (<Router>opaque).closed(fd)
 
 
 cdef void notify(void* opaque) noexcept nogil:
@@ -302,5 +400,6 @@ CALLBACKS.clock_get_ns = clock_get_ns
 CALLBACKS.timer_new = timer_new
 CALLBACKS.timer_free = timer_free
 CALLBACKS.timer_mod = timer_mod
-CALLBACKS.register_poll_fd = CALLBACKS.unregister_poll_fd = poll_fd
+CALLBACKS.register_poll_fd = register_poll_fd
+CALLBACKS.unregister_poll_fd = unregister_poll_fd
 CALLBACKS.notify = notify

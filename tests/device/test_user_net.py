@@ -1,5 +1,7 @@
 """User mode as a guest's card sees it: frames made by hand go in, libslirp's answers come out."""
 import contextlib
+import os
+import resource
 import socket
 import struct
 import threading
@@ -228,6 +230,71 @@ def test_frames_that_a_guest_leaves_lying_never_go_beyond_their_store(plug):
         heard.append(wire.hear(answer))
     ping(30_000, 0)
     assert wire.hear(answer) == 30_000
+
+
+@pytest.fixture
+def few_descriptors():
+    """This process may open few files, while the test makes a card."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    yield lambda: resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_guest_does_not_take_every_descriptor_of_its_process(plug, few_descriptors):
+    """The control socket could accept nobody any more. What goes on already goes on, a server behind a forward too."""
+    port = free_port()
+    wire = plug([f"udp:{port}:7"])
+    few_descriptors()
+    most, before = 64, len(os.listdir("/proc/self/fd"))
+    assert wire.net.waiter.sockets_most == most
+    wire.say(EVERYBODY, ARP, arp(1, GUEST, ROUTER))
+    router = wire.hear(lambda is_ip, packet: packet[8:14] if not is_ip else None)
+
+    def passes(protocol, payload, mark=0, source=GUEST):
+        """Whether libslirp had the packet; to TEST-NET-1, where nobody is (RFC 5737)."""
+        packet = bytearray(ip_packet(protocol, source, "192.0.2.1", payload))
+        packet[6:8] = mark.to_bytes(2, "big")
+        packet[10:12] = bytes(2)
+        packet[10:12] = struct.pack(">H", checksum(bytes(packet[:20])))
+        dropped = wire.card.stats()["tx_drop"]
+        wire.say(router, IPV4, bytes(packet))
+        return wire.card.stats()["tx_drop"] == dropped
+
+    passed = [passes(UDP, udp(number, 9, b"x")) for number in range(1000, 1000 + 2 * most)]
+    assert len(os.listdir("/proc/self/fd")) <= before + most
+    assert passed == [True] * (most - 1) + [False] * (most + 1)      # the forward has one of them
+    assert passes(UDP, udp(1000, 10, b"x")) and passes(UDP, udp(1000 + most - 2, 10, b"x"))
+    assert passes(UDP, udp(7, 1000, b"the answer of a server"))
+    assert not passes(UDP, udp(7, 1000, b"x"), source="10.0.2.16")
+
+    def tcp(flags):
+        return struct.pack(">HHIIBBHHH", 1000, 80, 1, 0, 0x50, flags, 1000, 0, 0)
+    echo = struct.pack(">BBHHH", 8, 0, 0xF7FC, 3, 0)
+    fragments = 0x2000, 0x0001
+    assert not passes(TCP, tcp(2)) and not passes(ICMP, echo)
+    assert not any(passes(protocol, payload, mark) for mark in fragments
+                   for protocol, payload in ((UDP, udp(1000, 9, b"x")), (TCP, tcp(16)), (ICMP, echo)))
+    assert passes(TCP, tcp(16)) and passes(TCP, tcp(18)) and passes(ICMP, b"\0" + echo[1:])
+    echo = echo[:2] + struct.pack(">H", checksum(echo[:2] + bytes(2) + echo[4:])) + echo[4:]
+    wire.say(router, IPV4, ip_packet(ICMP, GUEST, ROUTER, echo))     # who answers to that needs no socket
+    wire.hear(lambda is_ip, packet: True if is_ip and packet[9] == ICMP and packet[20] == 0 else None)
+    assert len(os.listdir("/proc/self/fd")) <= before + most
+
+
+def test_sockets_that_are_closed_make_room(plug, few_descriptors):
+    """A connection that nobody takes is over at once, as often as the guest begins one."""
+    wire = plug()
+    few_descriptors()
+    wire.say(EVERYBODY, ARP, arp(1, GUEST, ROUTER))
+    router = wire.hear(lambda is_ip, packet: packet[8:14] if not is_ip else None)
+    for number in range(300):
+        syn = struct.pack(">HHIIBBHHH", 1000 + number, 1, 1, 0, 0x50, 2, 1000, 0, 0)
+        pseudo = socket.inet_aton(GUEST) + socket.inet_aton(ROUTER) + struct.pack(">BBH", 0, TCP, len(syn))
+        syn = syn[:16] + struct.pack(">H", checksum(pseudo + syn)) + syn[18:]
+        wire.say(router, IPV4, ip_packet(TCP, GUEST, ROUTER, syn))
+        wire.hear(lambda is_ip, packet: True if is_ip and packet[9] == ICMP and packet[20] == 3 else None)     # unreachable
+    assert wire.card.stats()["tx_drop"] == 0
 
 
 def test_closing_gives_its_ports_back_and_ends_the_waiting(plug):
