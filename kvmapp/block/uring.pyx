@@ -1,5 +1,6 @@
 # distutils: libraries = uring
-"""A channel that carries reads, writes and flushes by io_uring: one system call a batch, completions taken from shared memory.
+"""A channel that carries reads, and past the page cache writes and flushes, by io_uring: one system call a batch, completions taken
+from shared memory.
 
 The ring is for the straight way. What it does only in part or refuses goes to FileChannel, where the whole of each request's meaning
 lives. So do discards and zeroes, and all that changes the page cache or flushes it: most file systems would have the ring give them to

@@ -33,26 +33,26 @@ def log_in_work_and_end(guest, root_disk, vcpus, end):
     guest.log_in()
     assert guest.run("nproc") == str(vcpus)
     assert "rw" in guest.run("findmnt -no OPTIONS /").split(",")
-    guest.run("dd if=/dev/urandom of=/root/data bs=1M count=16 2>&1 && sync && echo 3 >/proc/sys/vm/drop_caches")
-    digest = guest.run("sha256sum </root/data").split()[0]
-    guest.run(f"echo {digest} >/root/digest")
+    guest.run("dd if=/dev/urandom of=/var/data bs=1M count=16 2>&1 && sync && echo 3 >/proc/sys/vm/drop_caches")
+    digest = guest.run("sha256sum </var/data").split()[0]
+    guest.run(f"echo {digest} >/var/digest")
     if end == "power button":
         guest.press_power_button()
     else:
         guest.send(end)
     assert guest.wait(BOOT_SECONDS) == (RESET if end == "reboot" else POWERED_OFF)
     assert_clean(root_disk)
-    assert content_of(root_disk, "/root/digest").decode().strip() == digest
-    assert hashlib.sha256(content_of(root_disk, "/root/data")).hexdigest() == digest
+    assert content_of(root_disk, "/var/digest").decode().strip() == digest
+    assert hashlib.sha256(content_of(root_disk, "/var/data")).hexdigest() == digest
 
 
 def test_reboot_finds_the_disk_as_it_was_left(debian, root_disk):
     guest = debian(vcpus=2, reboots=True)
     guest.log_in()
-    guest.run("echo before >/root/told")
+    guest.run("echo before >/var/told")
     guest.send("reboot")
     guest.log_in()
-    assert guest.run("cat /root/told") == "before"
+    assert guest.run("cat /var/told") == "before"
     guest.send("poweroff")
     assert guest.wait(BOOT_SECONDS) == POWERED_OFF
     assert_clean(root_disk)
