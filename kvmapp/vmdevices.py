@@ -9,6 +9,8 @@
     → {"verb": "detach-device", "device": "net1"}               ← {"device": "net1"}
       asks the guest for the card. When it has let go, its descriptors are closed and subscribers hear
       {"type": "device-removed", "name": DOMAIN, "device": "net1"}; a guest without ACPI hotplug never does. A reset lets go, too.
+    → {"verb": "resize-disk", "device": "vda", "bytes": 21474836480, "shrink": false}      ← {"device": "vda", "bytes": 21474836480}
+      gives a disk this many bytes, fewer than it has only with `shrink`; null takes over what its file or block device has by now.
 
 Mixed into vmprocess.Domain, which says in which states the domain is.
 """
@@ -102,6 +104,23 @@ class DeviceVerbs:
         self.machine.ask_for_card(device)
         return {"device": device}
 
+    def verb_resize_disk(self, _connection, request) -> dict:
+        self.require("running", "paused")
+        name, size, shrink = wanted(request, "device", str), request.get("bytes"), wanted(request, "shrink", bool)
+        if type(size) not in (int, type(None)):
+            raise BadRequest(f"'bytes' is {size!r}, not a number")
+        disk = self.disk(name)
+        was_running = self.machine.running
+        if was_running:                         # no vCPU and no thread of the disk's may be on its way to it
+            self.machine.pause()
+        try:
+            size = disk.resize(size, shrink=shrink)
+        finally:
+            if was_running:
+                self.machine.resume()
+        self.log(f"{name} has {size} bytes now")
+        return {"device": name, "bytes": size}
+
     def device_ejected(self, _events: int) -> None:
         """The guest has let go of cards."""
         for device in self.machine.take_ejected():
@@ -132,6 +151,12 @@ class DeviceVerbs:
             raise BadRequest(f"'files' is {names!r}, but {len(files)} descriptors came", "send them with the request's first byte")
         connection.fds.clear()
         return dict(zip(names, files, strict=True))
+
+    def disk(self, name: str):
+        names = [disk.name for disk in self.config.disks]
+        if name not in names:
+            raise DeviceNotFound(f"Domain '{self.machine.config.name}' has no disk '{name}'", f"it has: {', '.join(names) or 'none'}")
+        return self.machine.cards[name].device
 
     def card(self, name: str):
         """The network card of that name."""

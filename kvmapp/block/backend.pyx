@@ -57,8 +57,11 @@ cdef class BlockBackend:
     cdef BlockChannel make_channel(self, IoThread thread):
         raise NotImplementedError(type(self).__name__)
 
-    def resize(self, uint64_t size):
-        """Makes the disk `size` bytes (a multiple of 512); for a host's block device: takes over the size it has now."""
+    def resize(self, size=None, *, bint shrink=False):
+        """Makes the disk `size` bytes, a multiple of 512; None: takes over the size that its file or device has by now, as it must be for
+        a device. Less than it had only with `shrink`. Waits for what is in flight (`drain`): nobody submits more meanwhile.
+        Raises GuestImageError, HostError; then nothing has changed.
+        """
         raise NotImplementedError(type(self).__name__)
 
     def drain(self):

@@ -98,7 +98,7 @@ cdef class RawDisk(BlockBackend):
         fd = self.file.fd
         status = os.fstat(fd)
         self.file.is_device = stat.S_ISBLK(status.st_mode)
-        self.measure()
+        self.take_length(self.look_at_length())
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
         if flags & os.O_ACCMODE == os.O_RDONLY and not self.read_only:
             raise GuestImageError(f"Cannot use disk '{self.name}' ({self.path}) read-write: it was opened read-only")
@@ -117,8 +117,8 @@ cdef class RawDisk(BlockBackend):
         if self.file.discard:
             self.discard_granularity = self.physical_block
 
-    cdef int measure(self) except -1:
-        """The size as it is now."""
+    cdef uint64_t look_at_length(self) except 0:
+        """Of the file or device, as it is now."""
         cdef uint64_t length = 0
         cdef int locked = 0
         fd = self.file.fd
@@ -132,6 +132,9 @@ cdef class RawDisk(BlockBackend):
         if length == 0:
             raise GuestImageError(f"Cannot use disk '{self.name}' ({self.path}): it is empty",
                                   "no medium" if self.file.is_device else f"give it a size: truncate -s 20G {self.path}")
+        return length
+
+    cdef int take_length(self, uint64_t length) except -1:
         self.file.end = length
         self.size = self.file.size = (length + BLOCK_SECTOR - 1) // BLOCK_SECTOR * BLOCK_SECTOR
         if length % BLOCK_SECTOR:
@@ -155,27 +158,49 @@ cdef class RawDisk(BlockBackend):
         if result < 0:
             raise GuestImageError(f"Cannot read disk '{self.name}' ({self.path}): {os.strerror(-result)}")
         self.file.alignment = alignment
-        if self.size % alignment and not self.read_only:
-            raise GuestImageError(f"Cannot use disk '{self.name}' ({self.path}) with O_DIRECT: its {self.file.end} bytes are no "
-                                  f"multiple of {alignment}",
-                                  f"make it longer (truncate -s %{alignment} {self.path}) or set cache = writeback")
+        self.check_end(self.file.end)
         return 0
 
-    def resize(self, uint64_t size):
-        """Files take `size`; a block device has its size already, and it is taken over."""
-        cdef uint64_t before = self.size
-        if self.closed or self.read_only:
-            raise GuestImageError(f"Cannot resize disk '{self.name}' ({self.path}): it is read-only or closed")
-        if size == 0 or size % max(<uint32_t>BLOCK_SECTOR, self.file.alignment):
-            raise ValueError(f"{self.name}: {size} bytes are no multiple of {max(<uint32_t>BLOCK_SECTOR, self.file.alignment)}")
+    cdef int check_end(self, uint64_t length) except -1:
+        """Whether O_DIRECT reaches all of a disk that is this long."""
+        if not self.read_only and (length + BLOCK_SECTOR - 1) // BLOCK_SECTOR * BLOCK_SECTOR % self.file.alignment:
+            raise GuestImageError(f"Cannot use disk '{self.name}' ({self.path}) with O_DIRECT: its {length} bytes are no "
+                                  f"multiple of {self.file.alignment}",
+                                  f"make it longer (truncate -s %{self.file.alignment} {self.path}) or set cache = writeback")
+        return 0
+
+    def resize(self, size=None, *, bint shrink=False):
+        cdef uint64_t length, before = self.size
+        what = f"Cannot resize disk '{self.name}' ({self.path})"
+        if self.closed:
+            raise GuestImageError(f"{what}: it is closed")
+        if size is None or self.file.is_device:
+            length = self.look_at_length()
+            if size is not None and size != length:
+                raise GuestImageError(f"{what} to {size} bytes: the device has {length}",
+                                      "give the device itself another size first (lvextend, or where it comes from)")
+        else:
+            self.check_new_size(what, size, shrink)
+            length = size
+        self.check_end(length)
         self.drain()
-        if not self.file.is_device:
+        if size is not None and not self.file.is_device:
             try:
-                os.ftruncate(self.file.fd, size)
+                os.ftruncate(self.file.fd, length)
             except OSError as error:
-                raise HostError(f"Cannot resize disk '{self.name}' ({self.path}) to {size} bytes: {error.strerror}") from None
-        self.measure()
+                raise HostError(f"{what} to {size} bytes: {error.strerror}") from None
+        self.take_length(length)
         log.info("disk '%s' (%s): %d bytes, were %d", self.name, self.path, self.size, before)
+
+    def check_new_size(self, str what, size, bint shrink):
+        if self.read_only:
+            raise GuestImageError(f"{what}: it is read-only")
+        unit = max(<uint32_t>BLOCK_SECTOR, self.file.alignment)
+        if not 0 < size < 1 << 63 or size % unit:
+            raise GuestImageError(f"{what}: {size} bytes are no multiple of {unit}" if size % unit else f"{what} to {size} bytes")
+        if size < self.file.end and not shrink:
+            raise GuestImageError(f"{what} to {size} bytes: it has {self.file.end}, and what is at its end would be lost",
+                                  "make its file systems smaller first, in the guest; then --shrink")
 
     cdef BlockChannel make_channel(self, IoThread thread):
         """By io_uring where the kernel has it, unless told otherwise."""

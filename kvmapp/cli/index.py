@@ -22,10 +22,12 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         "tuning": ("emulatorpin", "memtune", "numatune", "schedinfo", "vcpupin"),
         "console": ("console", "ttyconsole"),
         "cards": ("attach-interface", "detach-interface", "domif-getlink", "domif-setlink", "domiftune"),
+        "disks": ("blockresize",),
     }),
     "monitor": ("Domain Monitoring", {
         "listing": ("list",),
-        "monitor": ("domblkerror", "domblklist", "domiflist", "dominfo", "domjobinfo", "domlog", "domstate"),
+        "disks": ("domblkerror", "domblkinfo", "domblkstat"),
+        "monitor": ("domblklist", "domiflist", "dominfo", "domjobinfo", "domlog", "domstate"),
         "stats": ("dommemstat", "domstats"),
         "top": ("top",),
         "addresses": ("domifaddr", "domifstat"),

@@ -1,4 +1,4 @@
-"""What a domain is and does: dominfo, domstate, domjobinfo, domblkerror, domblklist, domiflist, domlog."""
+"""What a domain is and does: dominfo, domstate, domjobinfo, domblklist, domiflist, domlog."""
 from __future__ import annotations
 
 from kvmapp.cli import render
@@ -63,14 +63,6 @@ def job_lines(job: dict | None) -> list[tuple[str, object]]:
         return [("Job type", "None")]
     return [("Job type", "Unbounded"), ("Operation", job["verb"]), ("Started by", job["who"]), ("Since", render.clock(job["since"])),
             ("Progress", render.or_dash(job["progress"]))]
-
-
-@verb("domblkerror", "the errors of a domain's disks", domain(),
-      text="`no space`: the host has no room for what the guest writes, so the guest is paused. Nothing of it is lost: make room, then "
-           "`resume` it.")
-def domblkerror(session, given):
-    errors = {one["name"]: one["error"] for one in session.daemon.get(of(given.domain))["disks"] if one.get("error")}
-    session.answer({"errors": errors}, lambda: "".join(f"{name}: {error}\n" for name, error in errors.items()) or "No errors found\n")
 
 
 INACTIVE = flag("inactive", "of a running domain: what its next start will take")

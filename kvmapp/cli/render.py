@@ -70,6 +70,18 @@ def human(amount: float) -> str:
     return f"{amount:.1f}P"
 
 
+def human_size(size: int | None) -> str:
+    """As virsh's --human: 20.000 GiB."""
+    if size is None:
+        return "-"
+    amount, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
+        if amount < 1024:
+            break
+        amount, unit = amount / 1024, larger
+    return f"{amount:.3f} {unit}"
+
+
 def clock(moment: float) -> str:
     """A moment of the epoch, for people, in the host's time."""
     import time

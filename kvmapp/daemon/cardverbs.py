@@ -17,7 +17,7 @@ from kvmapp.values import make_mac
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     from kvmapp.config import InterfaceConfig
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 SECTION = schema.DOMAIN.sections["interface"]
 ATTACH_TIMEOUT = 10.0                   # seconds
+COME_AND_GO = "Its cards cannot come and go"
 EJECT_PATIENCE = 5.0                    # for the guest to let go of a card before the verb answers; a Linux takes a moment
 
 
@@ -198,7 +199,7 @@ async def plug(call: Call, domain: Domain, config: DomainConfig, card: Interface
         if tap and tap.made:
             await supervisor.cards.settle(domain.name, card, tap.name, bridge)
         supervisor.networks.expect(config)
-        await told(domain, process.ask_with_files("attach-device", files, ATTACH_TIMEOUT, interface=card.to_dict()))
+        await domain.told(process.ask_with_files("attach-device", files, ATTACH_TIMEOUT, interface=card.to_dict()), COME_AND_GO)
     except BaseException:
         if tap:
             supervisor.cards.release(domain.name, tap.name)
@@ -214,22 +215,11 @@ async def plug(call: Call, domain: Domain, config: DomainConfig, card: Interface
 
 async def unplug(domain: Domain, card: InterfaceConfig, warnings: list[str]) -> None:
     """Asks the guest for it; what else there is to do is done when the guest has let go (Cards.removed)."""
-    await told(domain, domain.want_active().ask("detach-device", device=f"net{card.index}"))
+    await domain.told(domain.want_active().ask("detach-device", device=f"net{card.index}"), COME_AND_GO)
     gone = await domain.wait_until(lambda: domain.live is None or all(one.index != card.index for one in domain.live.interfaces),
                                    EJECT_PATIENCE)
     if not gone:
         warnings.append(f"the guest has not let go of {card.heading} ({card.mac}) yet; a guest without ACPI hotplug never does")
-
-
-async def told(domain: Domain, work: Awaitable[dict]) -> None:
-    """A domain process of a version that knows no such verb says so."""
-    try:
-        await work
-    except KvmappError as error:
-        if "unknown verb" not in error.message:
-            raise
-        raise Unsupported(f"The cards of domain '{domain.name}' cannot come and go while it runs under this version of kvmapp",
-                          "with --config the change takes effect at the next start") from None
 
 
 async def apply_live(call: Call, domain: Domain, before: InterfaceConfig, after: InterfaceConfig) -> None:

@@ -12,13 +12,13 @@ import time
 from kvmapp.config import DomainConfig
 from kvmapp.daemon.jobs import Job, Jobs
 from kvmapp.daemon.process import DomainProcess, cpu_times_of, resident_of
-from kvmapp.errors import DomainNotRunning, DomainRunning, KvmappError, NoResponse
+from kvmapp.errors import DomainNotRunning, DomainRunning, KvmappError, NoResponse, Unsupported
 from kvmapp.runtime import IDENTITY
 from kvmapp.values import is_plain
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from typing import ClassVar
 
     from kvmapp.config import InterfaceConfig
@@ -82,6 +82,7 @@ class Domain:
         self.destroyed_by: str | None = None            # who killed a process that could not say it itself
         self.presses = 0                                # of its power button
         self.waiters: list[asyncio.Future[None]] = []
+        self.measuring: asyncio.Task[list[dict]] | None = None          # a look at its disks that may hang
 
     # What it is.
 
@@ -154,6 +155,15 @@ class Domain:
                 if waiter in self.waiters:      # of somebody who waits no longer
                     self.waiters.remove(waiter)
         return True
+
+    async def told(self, work: Awaitable[dict], cannot: str, hint: str = "with --config it takes effect at the next start") -> dict:
+        """What its process answers to a verb that older versions do not know. `cannot`, a sentence: what is not to be had of those."""
+        try:
+            return await work
+        except KvmappError as error:
+            if "unknown verb" not in error.message:
+                raise
+            raise Unsupported(f"{cannot} while domain '{self.name}' runs under this version of kvmapp", hint) from None
 
     # What a verb wants of it.
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from aiohttp import web
 
-from kvmapp.daemon import actions, cardverbs, hostverbs, netverbs, openapi, queries, saving, tuning
+from kvmapp.daemon import actions, cardverbs, diskverbs, hostverbs, netverbs, openapi, queries, saving, tuning
 from kvmapp.daemon.call import Call, caller, internal
 from kvmapp.daemon.connections import Connections, has_asked
 from kvmapp.daemon.routes import FULL, READ_ONLY, ROUTES, STATUS, Route
@@ -40,7 +40,7 @@ async def describe_api(_call: Call) -> dict:
 def handler_of(route: Route) -> Handler:
     if route.name == "openapi":
         return describe_api
-    modules = (queries, actions, netverbs, cardverbs, hostverbs, saving, tuning)
+    modules = (queries, actions, netverbs, cardverbs, diskverbs, hostverbs, saving, tuning)
     return next(getattr(module, route.name) for module in modules if hasattr(module, route.name))
 
 

@@ -150,6 +150,11 @@ TUNING = record(
 DISK_STATS = record(name=text(), source=text(), rd_reqs=whole(), rd_bytes=whole(), rd_ns=whole(), wr_reqs=whole(),
                     wr_bytes=whole(), wr_ns=whole(), fl_reqs=whole(), fl_ns=whole(), errors=whole())
 
+DISK_SIZES = record(disks=list_of(record(
+    name=text(), source=text(), capacity=maybe(whole("as the guest sees it; null: it cannot be looked at")),
+    allocation=maybe(whole("what the host's file system has given for it")), physical=maybe(whole("the file's length")),
+    error=maybe(text("why it cannot be looked at")))))
+
 INTERFACE_STATS = record(index=whole(), target=maybe(text("the tap")), mac=text(), rx_bytes=whole(), rx_packets=whole(),
                          rx_drop=whole(), tx_bytes=whole(), tx_packets=whole(), tx_drop=whole())
 
@@ -245,8 +250,8 @@ SCHEMAS: dict[str, Shape] = {
     "Ending": ENDING, "DomainDetail": DETAIL, "Domains": DOMAINS, "Changed": CHANGED, "SaveRemoved": SAVE_REMOVED,
     "Defined": DEFINED, "Undefined": UNDEFINED,
     "Config": CONFIG, "InterfaceChanged": INTERFACE_CHANGED, "HostInterfaces": HOST_INTERFACES, "Bridged": BRIDGED, "Confirmed": CONFIRMED,
-    "MemorySet": MEMORY_SET, "Vcpu": VCPU, "Vcpus": VCPUS, "Tuning": TUNING, "DiskStats": DISK_STATS, "InterfaceStats": INTERFACE_STATS,
-    "BalloonStats": BALLOON_STATS, "Stats": STATS, "AllStats": ALL_STATS,
+    "MemorySet": MEMORY_SET, "Vcpu": VCPU, "Vcpus": VCPUS, "Tuning": TUNING, "DiskStats": DISK_STATS, "DiskSizes": DISK_SIZES,
+    "InterfaceStats": INTERFACE_STATS, "BalloonStats": BALLOON_STATS, "Stats": STATS, "AllStats": ALL_STATS,
     "Waited": WAITED, "Event": EVENT, "Node": NODE, "CpuStats": CPU_STATS, "MemoryStats": MEMORY_STATS,
     "Capabilities": CAPABILITIES, "Version": VERSION, "Daemon": DAEMON, "Autostart": AUTOSTART,
     "AutostartStopped": AUTOSTART_STOPPED, "Reloaded": RELOADED, "Log": LOG,
@@ -285,6 +290,8 @@ DESTROY = options(graceful=yes_no("never SIGKILL: fail if the process does not e
 AUTOSTART_SET = options(enabled=yes_no())
 RENAME = options(name=text())
 SET_MEMORY = options(bytes=whole(), live=yes_no(), config=yes_no(), maximum=yes_no("memory instead of current_memory"))
+RESIZE_DISK = options(disk=text("its target, or its source"), bytes=maybe(whole("null: what its file or device has by now")),
+                      shrink=yes_no("though it has more now, and what is at its end is lost"))
 SET_VCPUS = options(count=whole(), live=yes_no(), config=yes_no())
 TUNE = options(settings=map_of(map_of(text("as in the file; an empty one is the default"))), live=yes_no(), config=yes_no())
 DESCRIBE = options(title=maybe(text()), description=maybe(text()), live=yes_no(), config=yes_no())

@@ -132,13 +132,10 @@ async def tune_live(call: Call, domain: Domain, after: DomainConfig) -> None:
     await limit(call, domain, before, after)
     sections = after.to_dict()
     try:
-        await process.ask("tune", settings={name: sections[name] for name in PROCESS_SECTIONS})
-    except KvmappError as error:
+        await domain.told(process.ask("tune", settings={name: sections[name] for name in PROCESS_SECTIONS}), "Its threads cannot be moved")
+    except KvmappError:
         await limit(call, domain, after, before)
-        if "unknown verb" not in error.message:
-            raise
-        raise Unsupported(f"Domain '{domain.name}' cannot be tuned while it runs under this version of kvmapp",
-                          "with --config it takes effect at the next start") from None
+        raise
     domain.want_active()
     assert domain.live                  # its cards may be others by now
     set_live(domain, DomainConfig.from_dict({**domain.live.to_dict(), **{name: sections[name] for name in PROCESS_SECTIONS}}))

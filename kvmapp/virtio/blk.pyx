@@ -336,14 +336,15 @@ cdef class VirtioBlk(VirtioDevice):
         cdef BlkQueue way
         return any([atomic_load_u32(&way.stuck) for way in self.ways])
 
-    def resize(self, uint64_t size):
-        """Makes the disk `size` bytes, or takes over the size that a block device has by now, and tells the guest."""
-        self.disk.resize(size)
+    def resize(self, size=None, *, bint shrink=False):
+        """As BlockBackend.resize, and the guest is told; the machine is paused. The size, in bytes."""
+        self.disk.resize(size, shrink=shrink)
         with nogil:
             pthread_mutex_lock(&self.lock)
             self.blk.capacity = self.disk.size // BLOCK_SECTOR
             self.notify_config()
             pthread_mutex_unlock(&self.lock)
+        return self.disk.size
 
     def close(self):
         VirtioDevice.close(self)

@@ -15,6 +15,7 @@ from tests.guest.guest import BOOT_SECONDS, Guest
 NESTED_LAB = Path("/lab").is_dir()
 CHECKOUT = Path(__file__).resolve().parents[2]
 ETC = Path("/etc/kvmapp")
+GIB = 1 << 30
 DOMAIN = """name = {name}
 memory = 512
 [boot]
@@ -122,6 +123,11 @@ def test_stock_guests_on_the_default_network(daemon, outside, start, root_disk):
     assert outside("busybox", "nc", "203.0.113.2", "8080").strip() == "hello from bob"
     assert "vnet0" in ctl("domiflist", "bob")
     assert int(re.search(r"vnet1 rx_packets (\d+)", ctl("domifstat", "ann", "vnet1"))[1]) > 5
+
+    sectors = int(ann.run("cat /sys/block/vda/size")) + 2 * GIB // 512
+    ctl("blockresize", "ann", "vda", "--size", f"{sectors * 512}b")
+    ann.run(f"until [ $(cat /sys/block/vda/size) = {sectors} ]; do sleep 0.1; done")
+    assert "is now" in ann.run("resize2fs /dev/vda 2>&1") and f"Capacity:       {sectors * 512}\n" in ctl("domblkinfo", "ann", "vda")
 
     for name in ("ann", "bob"):
         ctl("destroy", name)

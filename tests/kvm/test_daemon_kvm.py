@@ -130,6 +130,30 @@ def test_disk_is_locked_while_its_domain_runs_and_free_afterwards(host):
     assert host.get("b", "stats")["disks"][0]["name"] == "vda"
 
 
+def test_a_disk_of_a_running_guest_becomes_larger(host):
+    """And smaller; the next start and a saved state have it as it was made."""
+    image = sparse(Path(host.root, "disk.img"), 1 << 20)
+    host.guest("a", "steps=virtio-blk mode=counter period=20", rest=f"[disk vda]\nsource = {image}\n")
+    host.start()
+    host.post("a", "start")
+    host.eventually(lambda: host.counts("a"))
+    for size, body in ((4 << 20, {}), (2 << 20, {"shrink": True})):
+        host.post("a", "disks", "resize", disk="vda", bytes=size, **body)
+        assert image.stat().st_size == host.get("a", "disks")["disks"][0]["capacity"] == size
+    with pytest.raises(errors.GuestImageError, match="what is at its end would be lost"):
+        host.post("a", "disks", "resize", disk="vda", bytes=1 << 20)
+    counted = len(host.counts("a"))
+    host.eventually(lambda: len(host.counts("a")) > counted)
+    assert "vda has 4194304 bytes now\n" in Path(host.paths.domain_log("a")).read_text()
+    host.post("a", "suspend")
+    host.post("a", "disks", "resize", disk="vda", bytes=4 << 20)
+    host.post("a", "managedsave")
+    assert host.post("a", "start")["domain"]["state"] == "paused"
+    host.post("a", "resume")
+    counted = len(host.counts("a"))
+    host.eventually(lambda: len(host.counts("a")) > counted)
+
+
 def test_full_host_pauses_the_guest_until_there_is_room(host):
     folder = Path(host.root, "small")
     folder.mkdir()

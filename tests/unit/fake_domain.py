@@ -2,7 +2,7 @@
 
 The zygote runs it in vmprocess's place (`--domain-module tests.unit.fake_domain`). The domain's description says how it behaves,
 in words: `ignore-acpi`, `mute` (does not answer), `fail` (cannot start), `raise` (a defect), `slow-start`; `no-hotplug`, `keeps-cards`
-(of cards); `old`, `old-tuning` (an older version's: it does not know those verbs).
+(of cards); `small-host` (of disks); `old`, `old-tuning` (an older version's: it does not know those verbs).
 Each running domain appends to a file of its own, RUN_DIR/counter, so that a test sees whether it goes on.
 """
 import contextlib
@@ -73,7 +73,7 @@ class FakeDomain:
 
     def answer(self, client, request):
         verb = getattr(self, f"verb_{request['verb'].replace('-', '_')}", None)
-        if "old" in self.behaviour and request["verb"].endswith("-device"):
+        if "old" in self.behaviour and request["verb"].endswith(("-device", "-disk")):
             verb = None
         try:
             reply = {"ok": verb(client, request)} if verb else {"error": error("bad-request", f"unknown verb {request['verb']}")}
@@ -181,6 +181,14 @@ class FakeDomain:
             for client in list(self.subscribers):
                 self.send(client, {"event": {"type": "device-removed", "name": self.config.name, "device": request["device"]}})
         return {"device": request["device"]}
+
+    def verb_resize_disk(self, _client, request):
+        """It has no disks, and keeps what was asked."""
+        if "small-host" in self.behaviour:
+            raise Refusal(error("host", "File too large"))
+        with open(os.path.join(self.run_dir, "resized"), "w") as file:
+            json.dump(request, file)
+        return {"device": request["device"], "bytes": request["bytes"]}
 
     # What only tests say, on a connection of their own.
 

@@ -59,7 +59,7 @@ SAME = [
     "domid linuxvm01", "domid linuxvm03", "domuuid 1", "domuuid linuxvm03", "domname 2", f"domname {UUID}3",
     "domstate 1", "domstate linuxvm02 --reason", "domstate linuxvm03 --reason", "domstate --domain=linuxvm02",
     "domblklist linuxvm01", "domblklist linuxvm01 --details", "domiflist linuxvm01", "vcpucount linuxvm03", "vcpucount linuxvm03 --live",
-    "vcpucount 1",
+    "vcpucount 1", "domblkinfo linuxvm01", "domblkinfo nosuch vda", "domblkstat nosuch vda",
     "dominfo nosuch", "domstate nosuch", "start nosuch", "destroy nosuch", "domid 77", "reboot 77",
     "domid linuxvm01; domid nosuch; domid linuxvm02", "domid nosuch; domname 1", "domname 1; domid nosuch", "list;", "quit; list",
     "echo foo bar", "echo --shell 'a b' c", "echo --xml 'a<b'", "echo 'a b' \"c d\" e\\ f", "echo a#b #c; echo d\necho e",

@@ -114,9 +114,9 @@ def session(daemon, monkeypatch):
 
 
 @pytest.mark.parametrize(("words", "current", "expected"), [
-    ([], "dom", ["domblkerror", "domblklist", "domid", "domif-getlink", "domif-setlink", "domifaddr", "domiflist", "domifstat",
-                 "domiftune", "dominfo", "domjobinfo", "domlog", "dommemstat", "domname", "domrename", "domstate", "domstats",
-                 "domuuid"]),
+    ([], "dom", ["domblkerror", "domblkinfo", "domblklist", "domblkstat", "domid", "domif-getlink", "domif-setlink", "domifaddr",
+                 "domiflist", "domifstat", "domiftune", "dominfo", "domjobinfo", "domlog", "dommemstat", "domname", "domrename",
+                 "domstate", "domstats", "domuuid"]),
     (["start"], "", ["linuxvm02"]), (["destroy"], "", ["linuxvm01", "web"]), (["dominfo"], "w", ["web"]),
     (["start", "linuxvm02"], "", []), (["start", "linuxvm02"], "--p", ["--paused"]), (["start", "--paused"], "--p", []),
     (["start", "--domain"], "l", ["linuxvm02"]), (["domstats", "web"], "l", ["linuxvm01", "linuxvm02"]),

@@ -348,15 +348,6 @@ EVENTS = [{"time": 1.5, "event": "lifecycle", "domain": "linuxvm01", "uuid": Non
           {"time": 2.0, "event": "reboot", "domain": "linuxvm01", "uuid": None, "id": 1, "type": None, "detail": None}]
 
 
-def test_domblkerror(daemon, ctl):
-    assert ctl("domblkerror", "linuxvm01") == (0, "No errors found\n\n", "")
-    full = domain("linuxvm01", 1)
-    full["disks"][0]["error"] = "no space"
-    daemon.answers["GET", "/v1/domains/linuxvm01"] = full
-    assert ctl("domblkerror", "linuxvm01") == (0, "vda: no space\n\n", "")
-    assert json.loads(ctl("domblkerror", "linuxvm01", "--json")[1]) == {"errors": {"vda": "no space"}}
-
-
 def test_event(daemon, ctl):
     daemon.answers["GET", "/v1/events"] = [*EVENTS, None]
     assert ctl("event", "--all") == (0, "event 'lifecycle' for domain 'linuxvm01': Suspended Paused\nevents received: 1\n\n", "")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from kvmapp.control import Connection
-from kvmapp.errors import BadRequest
+from kvmapp.errors import BadRequest, GuestImageError
 from kvmapp.loop import Loop
 from kvmapp.vmdevices import DeviceNotFound, DeviceVerbs
 
@@ -39,6 +39,39 @@ def test_link_plugs_the_cable_in_and_out(domain):
 def test_a_link_request_of_another_shape_is_refused(domain, request_, words):
     with pytest.raises(BadRequest, match=words):
         domain.verb_link(None, request_)
+
+
+class Disk:
+    def __init__(self, machine):
+        self.machine, self.asked = machine, []
+
+    def resize(self, size, *, shrink):
+        assert not self.machine.running
+        self.asked.append((size, shrink))
+        if size == 7:
+            raise GuestImageError("7 bytes are no multiple of 512")
+        return size or 1024
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_disk_is_resized_while_the_machine_stands_still(domain, running):
+    machine, domain.log = domain.machine, [].append
+    machine.pause = lambda: setattr(machine, "running", False)
+    machine.resume = lambda: setattr(machine, "running", True)
+    machine.running, domain.require, domain.config = running, lambda *_states: None, SimpleNamespace(disks=[SimpleNamespace(name="vda")])
+    disk = machine.cards["vda"] = SimpleNamespace(device=Disk(machine))
+    request = {"device": "vda", "bytes": 512, "shrink": True}
+    assert domain.verb_resize_disk(None, request) == {"device": "vda", "bytes": 512}
+    assert domain.verb_resize_disk(None, {**request, "bytes": None, "shrink": False}) == {"device": "vda", "bytes": 1024}
+    with pytest.raises(GuestImageError):
+        domain.verb_resize_disk(None, {**request, "bytes": 7})
+    assert disk.device.asked == [(512, True), (None, False), (7, True)] and machine.running is running
+    for change in {"device": 1}, {"bytes": "1"}, {"bytes": True}, {"bytes": 1.0}, {"shrink": 1}, {"shrink": None}:
+        with pytest.raises(BadRequest, match=f"'{min(change)}' is"):
+            domain.verb_resize_disk(None, {**request, **change})
+    with pytest.raises(DeviceNotFound, match="Domain 'web' has no disk 'net0'"):
+        domain.verb_resize_disk(None, {**request, "device": "net0"})
+    assert len(disk.device.asked) == 3
 
 
 class PluggedIn(Exception):

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from kvmapp.errors import GuestImageError
 from kvmapp.state import StateError
 from tests.device.virtio_blk.machine import IN, IOERR, OK, OUT, SECTORS, Machine
 
@@ -87,12 +88,15 @@ def test_a_state_of_another_disk_is_refused(image):
 def test_a_resize_is_told_to_the_guest(machine, image):
     generation = machine.driver.generation()
     assert machine.do(IN, SECTORS, room=512)[0] == IOERR
-    machine.device.resize(2 * SECTORS * 512)
+    assert machine.device.resize(2 * SECTORS * 512) == 2 * SECTORS * 512
     machine.driver.await_vector(0)
     assert machine.driver.generation() != generation
     assert machine.driver.config(0, 4) == 2 * SECTORS
     assert machine.do(IN, SECTORS, room=512) == (OK, bytes(512), 513)
     assert image.stat().st_size == 2 * SECTORS * 512
+    with pytest.raises(GuestImageError, match="would be lost"):
+        machine.device.resize(512)
+    assert machine.driver.config(0, 4) == 2 * SECTORS
 
 
 def test_two_threads_of_control_do_not_disturb_io(machine):

@@ -150,9 +150,9 @@ def test_a_domain_that_knows_no_such_verb(running):
     running.add("web", "old", rest=USER)
     running.post("web", "start")
     for parts, body in (("interfaces",), {"settings": {"type": "user"}}), (("interfaces", "detach"), {"type": "user"}):
-        with pytest.raises(errors.Unsupported, match="cannot come and go while it runs") as caught:
+        with pytest.raises(errors.Unsupported, match="cannot come and go while domain") as caught:
             running.post("web", *parts, **body)
-        assert caught.value.hint == "with --config the change takes effect at the next start"
+        assert caught.value.hint == "with --config it takes effect at the next start"
     assert list(cards(running)) == [MAC]
 
 

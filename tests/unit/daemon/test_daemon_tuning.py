@@ -86,7 +86,7 @@ def test_a_running_domain_is_told(running):
 def test_a_domain_of_an_older_version(running):
     running.add("a", "old-tuning", vcpus=2)
     running.post("a", "start")
-    with pytest.raises(errors.Unsupported, match="cannot be tuned while it runs under this version"):
+    with pytest.raises(errors.Unsupported, match="cannot be moved while domain 'a' runs under this version"):
         tune(running, "a", vcpu_0={"cpuset": "0"})
     assert running.records()["a"]["config"]["vcpu_pins"] == []
     running.post("a", "destroy")

@@ -1,0 +1,81 @@
+"""blockresize, domblkerror, domblkinfo and domblkstat: what they ask the daemon for, and virsh's words and columns."""
+import json
+
+import pytest
+
+from kvmapp.cli.disks import COUNTERS
+from kvmapp.errors import GuestImageError
+from tests.unit.canned_daemon import domain, stats
+
+GIB = 1 << 30
+SIZES = {"name": "vda", "source": "/data/x1.img", "capacity": 20 * GIB, "allocation": 3 << 19, "physical": 20 * GIB, "error": None}
+GONE = {**SIZES, "name": "vdb", "source": "/data/y.img", "capacity": None, "allocation": None, "physical": None,
+        "error": "No such file or directory"}
+
+
+@pytest.mark.parametrize(("words", "body"), [
+    (["vda", "20G"], {"disk": "vda", "bytes": 20 * GIB, "shrink": False}),
+    (["/data/x1.img", "--size", "20971520"], {"disk": "/data/x1.img", "bytes": 20 * GIB, "shrink": False}),
+    (["--path", "vda", "--size", "1024b", "--shrink"], {"disk": "vda", "bytes": 1024, "shrink": True}),
+    (["vda", "--capacity"], {"disk": "vda", "bytes": None, "shrink": False})])
+def test_blockresize(daemon, ctl, words, body):
+    path = body["disk"]
+    assert ctl("blockresize", "linuxvm01", *words) == (0, f"Block device '{path}' is resized\n\n", "")
+    assert daemon.requests[-1] == ("POST", "/v1/domains/linuxvm01/disks/resize", body)
+
+
+def test_blockresize_refused(daemon, ctl):
+    status, _, error = ctl("blockresize", "linuxvm01", "vda")
+    assert status == 1 and error == ("error: command 'blockresize' requires --size option\n"
+                                     "hint: kvmappctl blockresize linuxvm01 vda --size 20G; or --capacity\n")
+    assert "mutually exclusive" in ctl("blockresize", "linuxvm01", "vda", "20G", "--capacity")[2] and not daemon.requests
+    daemon.answers["POST", "/v1/domains/linuxvm01/disks/resize"] = GuestImageError("it would be lost", "--shrink")
+    assert ctl("blockresize", "linuxvm01", "vda", "20G") == (
+        1, "\n", "error: Failed to resize block device 'vda'\nerror: it would be lost\nhint: --shrink\n")
+
+
+def test_domblkerror(daemon, ctl):
+    assert ctl("domblkerror", "linuxvm01") == (0, "No errors found\n\n", "")
+    full = domain("linuxvm01", 1)
+    full["disks"][0]["error"] = "no space"
+    daemon.answers["GET", "/v1/domains/linuxvm01"] = full
+    assert ctl("domblkerror", "linuxvm01") == (0, "vda: no space\n\n", "")
+    assert json.loads(ctl("domblkerror", "linuxvm01", "--json")[1]) == {"errors": {"vda": "no space"}}
+
+
+def test_domblkinfo(daemon, ctl):
+    daemon.answers["GET", "/v1/domains/linuxvm01/disks"] = {"disks": [SIZES, GONE]}
+    expected = "Capacity:       21474836480\nAllocation:     1572864\nPhysical:       21474836480\n\n"
+    for path in "vda", "/data/x1.img":
+        assert ctl("domblkinfo", "linuxvm01", path) == (0, expected, "")
+    assert ctl("domblkinfo", "linuxvm01", "vda", "--human")[1] == (
+        "Capacity:       20.000 GiB\nAllocation:     1.500 MiB\nPhysical:       20.000 GiB\n\n")
+    assert json.loads(ctl("domblkinfo", "linuxvm01", "vda", "--json")[1]) == SIZES
+    lines = ctl("domblkinfo", "linuxvm01", "--all")[1].splitlines()
+    assert [line.split() for line in lines if line] == [
+        ["Target", "Capacity", "Allocation", "Physical"], ["-" * len(lines[1])], ["vda", "21474836480", "1572864", "21474836480"],
+        ["vdb", "-", "-", "-"]]
+    assert json.loads(ctl("domblkinfo", "linuxvm01", "--all", "--json")[1]) == {"disks": [SIZES, GONE]}
+
+
+def test_domblkinfo_of_what_is_not_there(daemon, ctl):
+    daemon.answers["GET", "/v1/domains/linuxvm01/disks"] = {"disks": [SIZES, GONE]}
+    assert ctl("domblkinfo", "linuxvm01", "vdb") == (1, "\n", "error: Cannot look at disk 'vdb' (/data/y.img): No such file or directory\n")
+    assert ctl("domblkinfo", "linuxvm01", "vdx") == (1, "\n", "error: invalid argument: invalid path vdx not assigned to domain\n"
+                                                     "hint: it has: vda, vdb; see kvmappctl domblklist linuxvm01\n")
+    assert "requires <device> option" in ctl("domblkinfo", "linuxvm01")[2]
+
+
+def test_domblkstat(daemon, ctl):
+    def counted(name, first):
+        return {"name": name, "source": f"/data/{name}.img", **{key: first + number for number, key in enumerate(COUNTERS)}}
+    daemon.answers["GET", "/v1/domains/linuxvm01/stats"] = stats("linuxvm01", disks=[counted("vda", 1), counted("vdb", 11)])
+    assert ctl("domblkstat", "linuxvm01", "vda") == (0, "".join(f"vda {line}\n" for line in (
+        "rd_req 1", "rd_bytes 2", "wr_req 3", "wr_bytes 4", "errs 5", "flush_operations 6", "rd_total_times 7", "wr_total_times 8",
+        "flush_total_times 9")) + "\n", "")
+    assert ctl("domblkstat", "linuxvm01", "/data/vda.img")[1].startswith("/data/vda.img rd_req 1\n")
+    assert ctl("domblkstat", "linuxvm01")[1].startswith(" rd_req 12\n rd_bytes 14\n")
+    assert ctl("domblkstat", "linuxvm01", "vda", "--human")[1].startswith("Device: vda\n number of read operations:      1\n")
+    assert "invalid path vdx" in ctl("domblkstat", "linuxvm01", "vdx")[2]
+    daemon.answers["GET", "/v1/domains/linuxvm01/stats"] = stats("linuxvm01", None)
+    assert ctl("domblkstat", "linuxvm01", "vda")[2].endswith("error: Requested operation is not valid: domain is not running\n")
