@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from contextlib import suppress
+from itertools import count
 
 from kvmapp.config import DomainConfig
 from kvmapp.daemon import cardfilter, dnsmasq, ports, shaping
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 LEASE_POLL = 0.2                        # seconds; a guest that was just lent an address uses it at once
 SETTLE = 0.02                           # devices change in bursts
+CLOSING = (0.02, 0.1, 0.5, 2.0)         # seconds between looks at whether a tap is gone that is being closed
 log = logging.getLogger("kvmapp")
 
 
@@ -167,8 +169,20 @@ class Cards:
         domain.notify()
         log.info("domain '%s': %s is detached", domain.name, device)
         self.supervisor.events.publish("device-removed", domain.name, uuid=domain.uuid, id=domain.id, detail=device)
-        if tap:
-            self.release(domain.name, tap)
+        if tap in self.filters:
+            self.supervisor.run(self.release_gone(domain.name, tap, self.filters[tap]), f"filter of {tap}")
+
+    async def release_gone(self, domain: str, tap: str, filtered: tuple[str, Known]) -> None:
+        """A domain process that says it has let go of a card, and keeps its tap, keeps the filter, too."""
+        for number in count():
+            if self.filters.get(tap) is not filtered:           # the domain has ended, or the name is another card's
+                return
+            if not os.path.exists(f"/sys/class/net/{tap}"):
+                self.release(domain, tap)
+                return
+            if number == len(CLOSING):
+                log.error("domain '%s' has let go of a card and keeps its tap %s: the tap's filter stays", domain, tap)
+            await asyncio.sleep(CLOSING[number] if number < len(CLOSING) else self.supervisor.heartbeat)
 
     # With the daemon.
 

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 
+from kvmapp.config import DomainConfig
 from kvmapp.daemon import cardfilter, cards, dnsmasq, ports
 from kvmapp.daemon.network import ACTIVE, STOPPING, Network
 from kvmapp.hostconfig import NetworkConfig
@@ -36,7 +37,8 @@ class Place:
         monkeypatch.setattr(cardfilter, "apply", self.apply)
         monkeypatch.setattr(cardfilter, "remove", lambda tap: self.tables.pop(tap, None))
         monkeypatch.setattr(ports, "is_loose", lambda tap, bridge: False)
-        monkeypatch.setattr(cards.os.path, "exists", lambda path: True)
+        self.closed: set[str] = set()                   # taps that are gone
+        monkeypatch.setattr(cards.os.path, "exists", lambda path: path.rpartition("/")[2] not in self.closed)
         monkeypatch.setattr(dnsmasq.time, "time", lambda: self.clock)
 
     def begin_daemon(self, since=1.0):
@@ -45,7 +47,8 @@ class Place:
         store: Any = None
         self.network = Network("default", store, paths)
         self.network.take_note({"config": LIVE, "phase": ACTIVE, "since": since})
-        supervisor: Any = SimpleNamespace(active=lambda: list(self.domains.values()), run=lambda work, name: asyncio.ensure_future(work),
+        supervisor: Any = SimpleNamespace(heartbeat=0, events=Mock(),
+                                          active=lambda: list(self.domains.values()), run=lambda work, name: asyncio.ensure_future(work),
                                           networks=SimpleNamespace(networks={"default": self.network}))
         self.cards = cards.Cards(supervisor)
 
@@ -226,3 +229,76 @@ def test_a_table_that_is_noted_for_a_tap_goes_with_the_next_card_of_that_name(mo
         await place.cards.settle("bob", bob, "vnet0", "virbr0")
         assert place.tables == {} and place.cards.filters == {}
     asyncio.run(scenario())
+
+
+class LetGo:
+    """A running domain with one filtered card, of which its process says that the guest has let go of it."""
+
+    def __init__(self, monkeypatch, place):
+        self.place = place
+        monkeypatch.setattr(cards, "CLOSING", (0, 0, 0))
+        config = DomainConfig.from_dict({"name": "ann", "memory": 64 << 20, "interfaces": [
+            {"index": 0, "type": "network", "source": "default", "mac": ANN, "filter": "clean-traffic"}]})
+        self.domain: Any = SimpleNamespace(name="ann", uuid="", id=1, paths=None, live=config, notify=Mock(),
+                                           record=SimpleNamespace(taps={"0": "vnet0"}, save=Mock()))
+        place.domains["ann"] = self.domain
+
+    async def say(self):
+        await self.place.cards.check()
+        assert self.place.tables == {"vnet0": ANN}
+        self.place.cards.removed(self.domain, "net0")
+        assert not self.domain.live.interfaces and not self.domain.record.taps
+
+
+async def rounds(count=50):
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def test_a_card_that_is_let_go_of_keeps_its_filter_as_long_as_its_tap_is_there(monkeypatch, tmp_path, caplog):
+    place = Place(monkeypatch, tmp_path)
+
+    async def story():
+        await LetGo(monkeypatch, place).say()
+        await rounds()
+        await place.cards.check()
+        assert place.tables == {"vnet0": ANN}
+        assert "domain 'ann' has let go of a card and keeps its tap vnet0: the tap's filter stays" in caplog.text
+        place.closed.add("vnet0")
+        await gone(place)
+        assert caplog.text.count("keeps its tap") == 1
+    asyncio.run(story())
+
+
+def test_and_no_longer_than_its_domain(monkeypatch, tmp_path):
+    place = Place(monkeypatch, tmp_path)
+
+    async def story():
+        await LetGo(monkeypatch, place).say()
+        await rounds()
+        place.end("ann")
+        await gone(place)
+        assert len(asyncio.all_tasks()) == 1
+    asyncio.run(story())
+
+
+async def gone(place):
+    while place.tables or place.cards.filters:
+        await asyncio.sleep(0.001)
+    await rounds()
+
+
+@pytest.mark.parametrize("filter", ["clean-traffic", "none"])
+def test_a_tap_of_that_name_is_another_cards_then(monkeypatch, tmp_path, filter):
+    place = Place(monkeypatch, tmp_path)
+    monkeypatch.setattr(ports, "settle", lambda one, tap, bridge, known: place.tables.update({tap: one.mac} if filter != "none" else {}))
+
+    async def story():
+        await LetGo(monkeypatch, place).say()
+        bob: Any = card(BOB, filter=filter)
+        await place.cards.settle("bob", bob, "vnet0", "virbr0")
+        place.begin("bob", bob, "vnet0")
+        await rounds()
+        assert place.tables == ({"vnet0": BOB} if filter != "none" else {})
+        assert len(asyncio.all_tasks()) == 1, "nobody waits for the first one's tap any more"
+    asyncio.run(story())
