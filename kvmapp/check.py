@@ -97,6 +97,7 @@ def check_host(host: Host, boot_probe: Callable[[], str] | None = None) -> Itera
     yield check_vhost_net(host)
     yield check_bridge(host)
     yield check_bridge_filter(host)
+    yield check_ip(host)
     yield check_nat(host)
     yield check_dnsmasq(host)
     yield check_port_53(host)
@@ -323,6 +324,20 @@ def check_bridge_filter(host: Host) -> Line:
         return Line("Net", subject, WARN, "iptables sees packets between guests (docker sets this and drops them)",
                     "sysctl -w net.bridge.bridge-nf-call-iptables=0, or allow them in the chain FORWARD")
     return Line("Net", subject, PASS)
+
+
+def check_ip(host: Host) -> Line:
+    """Asked for JSON as the daemon does (hostnet.ask): an old one has none, or for some of its lists only; busybox's has none."""
+    import json
+    subject = "for ip (networks, VLANs and rates of cards)"
+    found = host.program("ip")
+    if not found:
+        return Line("Net", subject, WARN, "it is not installed", packages(host, "iproute", "iproute2"))
+    try:
+        json.loads(host.output(found, "-json", "route", "show", "table", "local"))
+    except ValueError:
+        return Line("Net", subject, WARN, f"{found} prints no JSON", "install iproute2 4.16 or newer")
+    return Line("Net", subject, PASS, found)
 
 
 def check_nat(host: Host) -> Line:

@@ -1,4 +1,4 @@
-"""What this host is and allows, read from its files; nothing is run and nothing changed.
+"""What this host is and allows, read from its files and a few programs; nothing is changed.
 
 `Host` is the host as seen through a root folder and a few calls, so that a test can show the code any host there is.
 """
@@ -9,6 +9,7 @@ import os
 from kvmapp.cpuset import members
 
 IO_URING_SETUP = 425                        # the same number on every architecture
+PATIENCE = 10.0                             # seconds for a program that only prints
 
 
 class Host:
@@ -50,6 +51,15 @@ class Host:
             if os.access(self.path(f"{folder}/{name}"), os.X_OK):
                 return f"{folder}/{name}"
         return None
+
+    def output(self, *words: str) -> str:
+        """What a program prints; empty when it fails."""
+        import subprocess
+        try:
+            return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=PATIENCE,
+                                  check=True, env={"LC_ALL": "C"}).stdout
+        except (OSError, subprocess.SubprocessError):
+            return ""
 
     def io_uring_error(self) -> int:
         """0 when an io_uring can be made, else the errno."""

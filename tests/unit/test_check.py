@@ -41,6 +41,9 @@ class FakeHost(Host):
     def io_uring_error(self):
         return self.uring
 
+    def output(self, *words):
+        return self.text(words[0])
+
     def program(self, name):
         return f"/bin/{name}" if os.path.exists(self.path(f"/bin/{name}")) else None
 
@@ -69,6 +72,7 @@ def host(tmp_path):
     for path in ("/dev/kvm", "/dev/net/tun", "/dev/vhost-net", "/sys/module/bridge/x", "/bin/nft", "/bin/dnsmasq",
                  "/sys/fs/cgroup/cgroup.controllers"):
         host.write(path)
+    host.write("/bin/ip", '[{"dst": "127.0.0.1"}]')
     host.write("/proc/cpuinfo", AMD.format("svm"))
     host.write("/proc/meminfo", "MemTotal:  8388608 kB\nMemAvailable:   4194304 kB\nHugePages_Total:       0\n")
     host.write("/sys/kernel/mm/transparent_hugepage/enabled", "always [madvise] never\n")
@@ -81,7 +85,7 @@ def host(tmp_path):
 
 def test_a_good_host_passes_every_line(host):
     assert {line.verdict for line in host.verdicts().values()} == {"PASS"}
-    assert len(host.verdicts()) == 19
+    assert len(host.verdicts()) == 20
 
 
 def test_every_line_has_its_own_subject_and_fits(host):
@@ -235,6 +239,10 @@ def modules(listing):
     return change
 
 
+def prints(program, text):
+    return lambda host: host.write(program, text)
+
+
 def filtered(host):
     host.write("/proc/sys/net/bridge/bridge-nf-call-iptables", "1\n")
 
@@ -264,6 +272,9 @@ HOST_TROUBLE = [
      "apt install linux-image-amd64"),
     (modules(""), "bridges can be made", "WARN", "cannot be told"),
     (filtered, "bridged packets", "WARN", "bridge-nf-call-iptables=0"),
+    (without("/bin/ip"), "for ip", "WARN", "apt install iproute2"),
+    (prints("/bin/ip", "local 127.0.0.1 dev lo proto kernel\n"), "for ip", "WARN", "(/bin/ip prints no JSON; install iproute2 4.16"),
+    (prints("/bin/ip", ""), "for ip", "WARN", "prints no JSON"),
     (without("/bin/nft"), "nft or iptables", "WARN", "apt install nftables"),
     (without("/bin/dnsmasq"), "dnsmasq", "WARN", "apt install dnsmasq-base"),
     (without("/bin/dnsmasq", release='ID="centos"\nID_LIKE="rhel fedora"'), "dnsmasq", "WARN", "yum install dnsmasq"),
@@ -305,7 +316,7 @@ def test_boot_probe(host):
 
 def test_the_verb(host, capsys):
     assert check.run_check([], host=host) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 19
+    assert len(capsys.readouterr().out.splitlines()) == 20
     assert check.run_check(["--boot"], boot_probe=lambda: "fine", host=host) == 0
     assert "that a guest boots" in capsys.readouterr().out
     host.remove("/dev/kvm")
@@ -383,3 +394,9 @@ def test_every_verb_knows_help(verb, capsys):
         assert ended.code == 0
     shown = capsys.readouterr()
     assert shown.out.startswith(f"usage: kvmapp {verb}") and shown.err == ""
+
+
+def test_what_programs_print(tmp_path):
+    host = Host()
+    assert host.output("/bin/echo", "a", "b") == "a b\n"
+    assert host.output("/bin/sh", "-c", "echo a; exit 1") == "" and host.output(str(tmp_path / "none")) == ""
