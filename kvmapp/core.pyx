@@ -15,7 +15,7 @@ from libc.string cimport memset
 
 from kvmapp.abi cimport kvm as abi
 from kvmapp.abi.kvm cimport kvm_cpuid2, kvm_cpuid_entry2, kvm_pit_config, kvm_reinject_control, kvm_userspace_memory_region
-from kvmapp.abi.posix cimport close, errno, ioctl
+from kvmapp.abi.posix cimport EINTR, close, errno, ioctl
 from kvmapp.vcpu cimport PAUSE, RUN, STOP, Vcpu, refused
 from kvmapp.vmstate cimport msr_indexes, restore_vcpu, restore_vm, save_vcpu, save_vm, set_level_triggered, tell_stopped
 
@@ -116,6 +116,8 @@ cdef class Vm:
         self.memory = memory
         self.vcpus = []
         self.fd = ioctl(kvm.fd, abi.KVM_CREATE_VM, 0)
+        while self.fd < 0 and errno == EINTR:           # as KVM has it where a signal comes in between
+            self.fd = ioctl(kvm.fd, abi.KVM_CREATE_VM, 0)
         if self.fd < 0:
             raise refused("creating a VM")
         self.request("KVM_SET_TSS_ADDR", abi.KVM_SET_TSS_ADDR, TSS_BASE)

@@ -5,6 +5,7 @@ The state is computed from these, so it is never wrong for longer than they are.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import time
@@ -12,7 +13,7 @@ import time
 from kvmapp.config import DomainConfig
 from kvmapp.daemon.jobs import Job, Jobs
 from kvmapp.daemon.process import DomainProcess, cpu_times_of, resident_of
-from kvmapp.errors import DomainNotRunning, DomainRunning, KvmappError, NoResponse, Unsupported
+from kvmapp.errors import DomainNotRunning, DomainRunning, HostError, KvmappError, NoResponse, Unsupported
 from kvmapp.runtime import IDENTITY
 from kvmapp.values import is_plain
 
@@ -62,10 +63,16 @@ class Record:
 
     @classmethod
     def load(cls, path: str) -> Record | None:
+        """None: there is none. Raises HostError where it cannot be known, for what runs must not be taken for ended."""
         try:
             with open(path) as file:
                 return cls(**{name: value for name, value in json.load(file).items() if name in cls.fields})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise HostError(f"Cannot read {path}: {error.strerror}",
+                                "every guest runs on; make room, then start the daemon anew") from None
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError):
             return None
 
 

@@ -7,7 +7,10 @@ import subprocess
 
 import pytest
 
+from kvmapp.daemon.domain import Record
+from kvmapp.daemon.paths import Paths
 from kvmapp.daemon.process import UNKNOWN, DomainProcess, start_time_of, title_of
+from kvmapp.errors import HostError
 from tests.waiting import until
 
 
@@ -76,3 +79,18 @@ def test_a_start_that_is_undone_ends_the_process_that_it_could_not_look_at(child
         process.kill()
         assert await process.wait_end(60)
     asyncio.run(story())
+
+
+def test_a_record_that_cannot_be_opened_is_not_taken_for_none(tmp_path):
+    """A daemon that starts on a host without descriptors does not start, rather than take what runs for ended."""
+    values = {"name": "web", "uuid": "", "id": 1, "pid": 2, "start_time": 3, "started": 4.0, "taps": {}, "disks": [], "config": {},
+              "version": "1", "servers": []}
+    paths = Paths(str(tmp_path))
+    os.makedirs(paths.records)
+    Record(**values).save(paths)
+    path = os.path.join(paths.records, "web.json")
+    with nothing_left(), pytest.raises(HostError, match="Too many open files") as caught:
+        Record.load(path)
+    assert "every guest runs on" in (caught.value.hint or "")
+    record = Record.load(path)
+    assert record and record.pid == 2 and Record.load(os.path.join(paths.records, "mail.json")) is None
