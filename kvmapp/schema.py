@@ -450,7 +450,8 @@ DAEMON = File(
         Setting("unix_sock_rw_perms", Permissions(), 0o770, help="Who may do everything."),
         Setting("unix_sock_ro_perms", Permissions(), 0o777, help="Who may look, through the read-only socket."),
         Setting("max_readonly_clients", Integer(1, 4096), 64,
-                help="How many connections the read-only socket has at a time; who comes then is told to come again."),
+                help="How many connections the read-only socket has at a time, no more than half of them a user's; who comes then is "
+                     "told to come again."),
         Setting("log_level", Choice("error", "warning", "info", "debug"), "info",
                 help="The least important lines that the daemon logs."),
         help="The daemon."),

@@ -82,7 +82,7 @@ def caller(connection: socket.socket | None) -> str:
     """User, pid and program at the other end, as the kernel knows them: root (pid 42, kvmappctl)."""
     if connection is None:
         return "unknown"
-    pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    pid, uid, _ = credentials(connection)
     try:
         with open(f"/proc/{pid}/comm", "rb") as comm:           # 15 bytes, which may end within a letter
             program = comm.read().decode("utf-8", "replace").strip()
@@ -90,6 +90,17 @@ def caller(connection: socket.socket | None) -> str:
         program = ""
     program = program if is_label(program) else ""
     return f"{user_name(uid)} (pid {pid}{', ' if program else ''}{program})"
+
+
+def peer_user(connection: socket.socket) -> int:
+    """The uid at the other end."""
+    return credentials(connection)[1]
+
+
+def credentials(connection: socket.socket) -> tuple[int, int, int]:
+    """pid, uid and gid of who connected."""
+    pid, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return pid, uid, gid
 
 
 def internal(error: BaseException) -> KvmappError:

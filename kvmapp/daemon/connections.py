@@ -1,5 +1,5 @@
 """Connections to the daemon's sockets, as many of them as are let in: the read-only socket is everybody's, and each connection is a
-descriptor that a domain may need.
+descriptor that a domain may need. No user but root may have more than half of them.
 
 One beyond the most is answered with an error before it has asked, and closed; so is, without an answer, one that has not asked for
 anything in time. A connection that has asked once is kept for as long as its client wants: it may be a stream of events.
@@ -13,6 +13,7 @@ import time
 
 from aiohttp import web
 
+from kvmapp.daemon.call import peer_user
 from kvmapp.daemon.routes import STATUS
 from kvmapp.errors import TooManyClients
 
@@ -45,21 +46,25 @@ class Connections(web.Server):
 
 
 class Connection(web.RequestHandler):
-    __slots__ = ("connections", "deadline", "most")
+    __slots__ = ("connections", "deadline", "most", "user")
 
     def __init__(self, connections: Connections, most: Callable[[], int]):
         super().__init__(connections, loop=asyncio.get_running_loop(), access_log=None)   # type: ignore[arg-type]
         self.connections, self.most = connections, most
         self.deadline: asyncio.TimerHandle | None = None
+        self.user = -1                      # uid
 
     def connection_made(self, transport) -> None:
-        most = self.most()
-        if len(self.connections.connections) < most:
+        most, self.user = self.most(), peer_user(transport.get_extra_info("socket"))
+        share = most if self.user == 0 else max(1, most // 2)
+        others = self.connections.connections
+        own = sum(one.user == self.user for one in others if isinstance(one, Connection))
+        if len(others) < most and own < share:
             super().connection_made(transport)
             self.deadline = asyncio.get_running_loop().call_later(FIRST_REQUEST, self.force_close)
             return
         self.connections.complain(most)
-        transport.write(refusal(most))
+        transport.write(refusal(f"{own} clients of yours, a user's" if len(others) < most else f"{most} clients, its"))
         transport.close()
         self.force_close()
 
@@ -79,9 +84,9 @@ def has_asked(request: web.BaseRequest) -> None:
         request.protocol.has_asked()
 
 
-def refusal(most: int) -> bytes:
+def refusal(has: str) -> bytes:
     """The answer to what is not even read."""
-    error = TooManyClients(f"The daemon's read-only socket already has {most} clients, its most",
+    error = TooManyClients(f"The daemon's read-only socket already has {has} most",
                            "try again later, or use the full socket; max_readonly_clients in kvmapp.conf is the most")
     body = json.dumps({"error": error.to_dict()}).encode()
     head = (f"HTTP/1.1 {STATUS[error.code]} Service Unavailable\r\nContent-Type: application/json\r\n"

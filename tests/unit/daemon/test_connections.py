@@ -1,6 +1,7 @@
 """How many may be connected to the read-only socket, and for how long without a word."""
 import asyncio
 import contextlib
+import os
 import socket
 from types import SimpleNamespace
 from typing import Any, cast
@@ -47,6 +48,39 @@ def test_one_user_cannot_take_all_descriptors(narrow, ctl):
         assert ctl("list")[0] == 0, "the full socket is nobody else's"
         callers.pop().close()
         narrow.eventually(lambda: ctl("-r", "list")[0] == 0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be another user")
+def test_one_user_cannot_keep_the_others_out(running):
+    running.write("kvmapp.conf", f"unix_sock_group = {SOCKET_GROUP}\nmax_readonly_clients = 4\n")
+    with running.client() as client:
+        client.post("/v1/daemon/reload")
+    with contextlib.ExitStack() as stack:
+        def connect(user):
+            one = stack.enter_context(socket.socket(socket.AF_UNIX))
+            os.seteuid(user)
+            try:
+                one.connect(running.paths.read_only_socket)
+            finally:
+                os.seteuid(0)
+            return one
+
+        def answered(one):
+            with contextlib.suppress(BrokenPipeError):
+                one.sendall(request("GET /v1/openapi.json"))
+            return one.recv(13)
+        ann, bob = 65533, 65534
+        first = connect(ann)
+        assert answered(first) == answered(connect(ann)) == b"HTTP/1.1 200 "
+        beyond = connect(ann)
+        assert answered(beyond) == b"HTTP/1.1 503 "
+        assert b"already has 2 clients of yours, a user's most" in beyond.recv(1000)
+        assert answered(connect(bob)) == b"HTTP/1.1 200 "
+        assert answered(connect(0)) == b"HTTP/1.1 200 "
+        full = connect(bob)
+        assert answered(full) == b"HTTP/1.1 503 " and b"already has 4 clients, its most" in full.recv(1000)
+        first.close()
+        running.eventually(lambda: answered(connect(bob)) == b"HTTP/1.1 200 ")
 
 
 def test_who_says_nothing_is_not_kept_and_who_has_asked_is(tmp_path, monkeypatch):
