@@ -39,7 +39,7 @@ GUESTS_THAT_RAN = "var/lib/kvmapp/guests-that-ran"      # init/kvmapp-guests sta
 UNIT_FOLDERS = ("usr/lib/systemd/system", "lib/systemd/system", "etc/systemd/system")    # the last one where /usr is read-only
 SYSTEMD = "/run/systemd/system"         # there where it runs
 SERVICES = ("kvmapp", "kvmapp-guests")
-TO_ENABLE = "to enable"                 # in the manifest, beside the paths: what a setup that was killed had still to enable
+TO_ENABLE = "to enable"                 # in the manifest, beside the paths: what is still to enable, of an image or after a kill
 SCRIPT, SHELL = "/etc/init.d/kvmapp", "/bin/sh"
 # Folder, mode. Domain files may hold secrets; images are reached by name only.
 FOLDERS = (("etc/kvmapp", 0o755), ("etc/kvmapp/domains", 0o700), ("etc/kvmapp/domains/autostart", 0o700),
@@ -82,7 +82,7 @@ class Setup:
             for folder, mode in FOLDERS:
                 self.make_folder(folder, mode)
             new = self.new_services()
-            if enable and self.here and new:
+            if enable and new:
                 self.note(TO_ENABLE, " ".join(new))
             self.lay_program()
             for name, source, mode in self.files():
@@ -90,7 +90,7 @@ class Setup:
                     self.lay(name, file.read().replace(b"/usr/sbin/kvmapp", os.fsencode(f"{self.commands}/kvmapp")), mode)
             if enable and self.here:
                 self.enable(new)
-            if not self.failed:
+            if self.here and not self.failed:
                 self.forget(TO_ENABLE)
 
     def remove(self) -> None:

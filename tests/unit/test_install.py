@@ -238,6 +238,16 @@ def test_who_did_not_want_it_enabled_is_not_overruled_by_an_upgrade(enabling):
     assert enabling.by(enable=False) == enabling.by(enable=True) == []
 
 
+@pytest.mark.parametrize("enable", [True, False])
+def test_what_is_laid_down_in_an_image_the_hosts_first_setup_enables(enabling, monkeypatch, enable):
+    with monkeypatch.context() as patched:
+        patched.setattr(Setup, "here", False)
+        for _ in range(2):
+            assert enabling.by(enable=enable) == []
+    assert enabling.by(enable=True) == (enabling.all if enable else [])
+    assert enabling.by(enable=True) == []
+
+
 def test_what_a_setup_that_was_cut_or_failed_left_the_next_one_enables(enabling, monkeypatch):
     def fail(self, new):
         self.failed = True
