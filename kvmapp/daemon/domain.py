@@ -5,7 +5,6 @@ The state is computed from these, so it is never wrong for longer than they are.
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import os
 import time
@@ -13,7 +12,7 @@ import time
 from kvmapp.config import DomainConfig
 from kvmapp.daemon.jobs import Job, Jobs
 from kvmapp.daemon.process import DomainProcess, cpu_times_of, resident_of
-from kvmapp.errors import DomainNotRunning, DomainRunning, HostError, KvmappError, NoResponse, Unsupported
+from kvmapp.errors import NOTHING_LEFT, DomainNotRunning, DomainRunning, HostError, KvmappError, NoResponse, Unsupported
 from kvmapp.runtime import IDENTITY
 from kvmapp.values import is_plain
 
@@ -68,7 +67,7 @@ class Record:
             with open(path) as file:
                 return cls(**{name: value for name, value in json.load(file).items() if name in cls.fields})
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            if error.errno in NOTHING_LEFT:
                 raise HostError(f"Cannot read {path}: {error.strerror}",
                                 "every guest runs on; make room, then start the daemon anew") from None
             return None

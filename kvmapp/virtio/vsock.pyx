@@ -69,6 +69,7 @@ cdef class VirtioVsock(VirtioDevice):
     cdef pthread_mutex_t table
     cdef SocketEvents events
     cdef int listener
+    cdef bint waits                  # somebody, at the listener, until there are descriptors again
     cdef char path[PATH_MOST + 1]
     cdef object file
     cdef unsigned char* piece
@@ -376,6 +377,8 @@ cdef class VirtioVsock(VirtioDevice):
                 self.accept_host()
             elif events[i].data.u64 < CONNECTIONS:
                 self.socket_ready(&self.connections[events[i].data.u64], events[i].events)
+        if self.waits:
+            self.accept_host()
         pthread_mutex_unlock(&self.table)
         (<Virtqueue>self.queue_table[RX]).doorbell.press()
 
@@ -399,6 +402,7 @@ cdef class VirtioVsock(VirtioDevice):
         while True:
             fd = accept4(self.listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)
             if fd < 0:
+                self.waits = errno != EAGAIN
                 return
             connection = self.unused()
             if connection == NULL or not self.status_register() & VIRTIO_CONFIG_S_DRIVER_OK or not self.adopt(connection, fd):

@@ -8,6 +8,7 @@ import pytest
 from kvmapp.errors import HostError
 from kvmapp.state import StateError
 from kvmapp.virtio.vsock import VirtioVsock
+from tests.descriptors import nothing_left
 from tests.device.talkers import vsock_packet
 from tests.device.virtio_driver import Guest
 from tests.waiting import TIMEOUT, until
@@ -196,6 +197,22 @@ def test_more_connections_than_there_is_room_for_are_refused(rig, server):
     rig.send(RST, 0, 7)
     rig.send(REQUEST, 256, 7)
     rig.expect(RESPONSE, 7, 256)
+
+
+def test_who_finds_no_descriptor_left_waits_for_one(rig, server):
+    """The listener tells of each caller once only."""
+    first = rig.connect(server)
+    second = socket.socket(socket.AF_UNIX)
+    with nothing_left():
+        second.connect(rig.path)
+        second.sendall(b"CONNECT 80\n")
+        first.sendall(b"one")
+        assert rig.expect(RW, 7, 1000).data == b"one"
+    first.sendall(b"two")
+    came = [rig.receive(), rig.receive()]
+    assert {(packet.op, packet.dst_port) for packet in came} == {(RW, 1000), (REQUEST, 80)}
+    for one in first, second:
+        one.close()
 
 
 def test_the_guest_is_sent_no_more_than_it_has_room_for(rig, server):

@@ -1,8 +1,6 @@
 """Whether a domain's process lives, where the daemon has no descriptor left to look at it with."""
 import asyncio
-import contextlib
 import os
-import resource
 import subprocess
 
 import pytest
@@ -11,20 +9,8 @@ from kvmapp.daemon.domain import Record
 from kvmapp.daemon.paths import Paths
 from kvmapp.daemon.process import UNKNOWN, DomainProcess, start_time_of, title_of
 from kvmapp.errors import HostError
+from tests.descriptors import nothing_left
 from tests.waiting import until
-
-
-@contextlib.contextmanager
-def nothing_left():
-    """The next open fails with EMFILE."""
-    free = os.open("/", os.O_RDONLY)
-    os.close(free)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 @pytest.fixture
