@@ -3,7 +3,6 @@ import contextlib
 import errno
 import json
 import os
-import resource
 import socket
 import threading
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from kvmapp.console import LONGEST_LINE, NOBODY, SCROLLBACK, ConsolePort, LogPor
 from kvmapp.control import BACKLOG_MOST, LINE_MOST, ControlServer, listen
 from kvmapp.errors import HostError, KvmappError
 from kvmapp.loop import Loop
+from tests.descriptors import nothing_left
 
 
 class FakeBackend:
@@ -305,12 +305,8 @@ def test_a_client_for_whom_no_descriptor_is_left_is_served_later(tmp_path):
     server = ControlServer(loop, listener, {})
     client = socket.socket(socket.AF_UNIX)
     client.connect(str(tmp_path / "s"))
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free(), limits[1]))
-    try:
+    with nothing_left():
         server.accept(0)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert not server.connections
     assert listener.fileno() not in loop.callbacks, "it would be ready for ever"
     timer = loop.timers[0][2]
@@ -320,13 +316,6 @@ def test_a_client_for_whom_no_descriptor_is_left_is_served_later(tmp_path):
     server.close()
     timer()                                            # the server is gone meanwhile
     assert not loop.callbacks.keys() - {loop.wake_fd}
-
-
-def lowest_free():
-    """As a limit, that much leaves no descriptor to be had."""
-    fd = os.open("/dev/null", os.O_RDONLY)
-    os.close(fd)
-    return fd
 
 
 def test_a_stopped_terminal_that_goes_away_holds_nothing_up():
