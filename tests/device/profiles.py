@@ -59,6 +59,7 @@ from tests.device.virtio_driver import Guest
 from tests.waiting import TIMEOUT
 
 SLOT = 1                                         # where the one card of a board is
+DISK_SIZE = 1 << 20
 VIRTIO_STILL = {"isr", "intx", "pending", "broken", "generation", "queue_select", "driver_feature_select", "legacy"}
 
 
@@ -403,9 +404,11 @@ def virtio_blk_packed(board):
 
 def disk_card(board, queues):
     with tempfile.NamedTemporaryFile() as image:
-        image.truncate(1 << 20)
+        image.truncate(DISK_SIZE)
         disk = RawDisk(os.open(image.name, os.O_RDWR | os.O_CLOEXEC), name="vda")
-        driver = board.plug(VirtioBlk("vda", board.memory, disk, queues=queues))
+        device = VirtioBlk("vda", board.memory, disk, queues=queues)
+        driver = board.plug(device)
+        board.stimulus = lambda data: resize_and_back(board, device, data)
         yield driver.card
         driver.start(size=16)
         driver.put_config(32, 1, 0)
@@ -413,6 +416,17 @@ def disk_card(board, queues):
             queue.post(readable=[bytes(16)], writable=[512, 1])
             queue.kick()
             queue.wait()
+
+
+def resize_and_back(board, device, data):
+    """A disk of another size has other states, so it does not stay so."""
+    for size in (512 * (1 + len(data)), DISK_SIZE):
+        board.device.pause()
+        board.thread.pause()
+        device.resize(size, shrink=True)
+        board.thread.resume()
+        board.device.resume()
+        board.settle()
 
 
 @profile(VirtioVsock, still=VIRTIO_STILL | {"cid"})
