@@ -54,13 +54,14 @@ from kvmapp.memory import GuestMemory
 from kvmapp.slots import MmioSlots, PciSlots
 from kvmapp.state import StateError, StateReader
 from kvmapp.tuning import Tuning
+from kvmapp.virtio.device import VirtioDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from kvmapp.config import InterfaceConfig
+    from kvmapp.config import DiskConfig, InterfaceConfig
 
 STATE_VERSION = 2                                       # 1 did not tell of slots
 HUGE_PAGES = {"no": 0, "2M": 2 << 20, "1G": 1 << 30}
@@ -88,9 +89,8 @@ class Machine:
         self.kept_slots = {} if slots is None else slots
         self.devices: list[Device] = []
         self.cards: dict[str, Any] = {}                 # by name of the virtio device: its card or window
-        self.disks: list[Any] = []                      # RawDisk
         self.threads: list[IoThread] = []
-        self.card_threads: dict[str, list[IoThread]] = {}           # of each network card
+        self.card_threads: dict[str, list[IoThread]] = {}           # of each disk and network card, which may come and go
         self.running = False
         self.vcpus_started = False
         self.characters: list[tuple] = []
@@ -102,8 +102,7 @@ class Machine:
             self._make_vm()
             self._add_platform()
             self._add_serial_ports()
-            self._add_disks()
-            self._add_interfaces()
+            self._add_disks_and_interfaces()
             self._add_virtio_extras()
             self._add_watchdog()
             self.slots.assign_resources()
@@ -236,16 +235,27 @@ class Machine:
 
     def full_disks(self) -> list[str]:
         """The disks, by name, for whose writes the host has no room; they are tried again at `resume`."""
-        return [disk.name for disk in self.config.disks if self.cards[disk.name].device.is_full]
+        return [name for name, disk in self.disks().items() if disk.is_full]
+
+    def disks(self) -> dict[str, "Any"]:
+        """{name: device} of the disks, 'vda' and so on."""
+        return {name: self.cards[name].device for name in self.card_threads if hasattr(self.cards[name].device, "disk")}
 
     def network_cards(self) -> dict[str, "Any"]:
         """{name: device} of the network cards, 'net0' and so on."""
-        return {name: self.cards[name].device for name in self.card_threads}
+        return {name: self.cards[name].device for name in self.card_threads if hasattr(self.cards[name].device, "set_link")}
+
+    def attach_disk(self, disk: "DiskConfig", files: dict[str, int]) -> int:
+        """As attach_interface."""
+        return self._attach(lambda: self._plug_disk(disk, files))
 
     def attach_interface(self, interface: "InterfaceConfig", files: dict[str, int]) -> int:
         """A network card for the guest as it runs; the slot. Takes what it uses out of `files`. Raises KvmappError, OSError."""
+        return self._attach(lambda: self._plug_interface(interface, files))
+
+    def _attach(self, plug: "Callable[[], str]") -> int:
         self._require_hotplug()
-        name = self._plug_interface(interface, files)
+        name = plug()
         try:
             if self.running:
                 self.cards[name].resume()
@@ -258,7 +268,7 @@ class Machine:
         return self.slots.slot_of(name)
 
     def ask_for_card(self, name: str) -> None:
-        """Asks the guest to let go of a network card; then `hotplug.fd` becomes readable."""
+        """Asks the guest to let go of a disk or network card; then `hotplug.fd` becomes readable."""
         self._require_hotplug()
         self.hotplug.ask(self.slots.slot_of(name))
 
@@ -398,19 +408,9 @@ class Machine:
             backend = self._character(f"serial{serial.index}", serial)
             self._place(Ns16550(backend.name, self.vm.interrupts.line(gsi), backend), self.vm.pio, port, 8)
 
-    def _add_disks(self) -> None:
-        if self.config.disks:
-            from kvmapp.block.opening import open_disk
-            from kvmapp.virtio.blk import VirtioBlk
+    def _add_disks_and_interfaces(self) -> None:
         for disk in self.config.disks:
-            backend = open_disk(disk, self.files.get(f"disk:{disk.name}"))
-            self.disks.append(backend)
-            device = VirtioBlk(disk.name, self.memory, backend, serial=disk.serial or "", queues=disk.queues,
-                               power=self.power if disk.error_policy == "enospace" else None)
-            names = (f"disk {disk.name}" + (f" {number}" if number else "") for number in range(disk.threads or disk.queues))
-            self._plug(device, *[self._thread(name, poll=disk.poll * 1000) for name in names])
-
-    def _add_interfaces(self) -> None:
+            self._plug_disk(disk, self.files)
         for interface in self.config.interfaces:
             self._plug_interface(interface, self.files)
 
@@ -449,35 +449,36 @@ class Machine:
         if device not in self.devices:
             self.devices.append(device)
 
-    def _plug(self, device, *threads: IoThread) -> None:
-        """Plugs a virtio device in; the threads do its I/O, each of several its share of the queues."""
+    def _plug(self, device, thread: IoThread) -> None:
+        """Plugs a virtio device in; the thread does its I/O."""
         self._insert(device)
-        for number, thread in enumerate(threads):
-            device.run_on(thread, None if len(threads) == 1 else range(number, len(device.queues), len(threads)))
+        device.run_on(thread)
 
     def _insert(self, device) -> None:
-        if self.config.packed:
-            device.offer_packed()
-        card = self.slots.plug(device)
+        """A virtio device gets a card, or a window; a PCI card is one."""
+        card = device
+        if isinstance(device, VirtioDevice):
+            if self.config.packed:
+                device.offer_packed()
+            card = self.slots.plug(device)
+        else:
+            assert isinstance(self.slots, PciSlots)              # config.py sees to it
+            self.slots.attach(card)
         self.devices.append(card)
         self.cards[device.name] = card
 
-    def _insert_card(self, card) -> None:
-        """A PCI card that is a device of its own."""
-        assert isinstance(self.slots, PciSlots)                  # config.py sees to it
-        self.slots.attach(card)
-        self.devices.append(card)
-        self.cards[card.name] = card
+    def _plug_disk(self, disk: "DiskConfig", files: dict[str, int]) -> str:
+        from kvmapp.diskcards import make_device
+        return self._plug_removable(*make_device(disk, files, self.memory, self.power))
 
     def _plug_interface(self, interface: "InterfaceConfig", files: dict[str, int]) -> str:
-        """A network card with threads of its own; its name."""
         from kvmapp.netcards import make_device
-        device, threads = make_device(interface, files, self.memory)
+        return self._plug_removable(*make_device(interface, files, self.memory))
+
+    def _plug_removable(self, device, threads: list[IoThread]) -> str:
+        """A device with threads of its own; its name."""
         try:
-            if interface.model == "virtio":
-                self._insert(device)
-            else:
-                self._insert_card(device)
+            self._insert(device)
         except BaseException:
             device.close()
             for thread in threads:
@@ -494,7 +495,6 @@ class Machine:
         self.characters.append((name, backend, section))
         return backend
 
-    def _thread(self, name: str, poll: int = 0) -> IoThread:
-        thread = IoThread(name, poll=poll)
-        self.threads.append(thread)
-        return thread
+    def _thread(self, name: str) -> IoThread:
+        self.threads.append(IoThread(name))
+        return self.threads[-1]

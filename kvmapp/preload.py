@@ -6,10 +6,10 @@ Machines import devices when their configuration asks for them; who will make ma
 import difflib  # noqa: F401
 import tty  # noqa: F401
 
-import kvmapp.block.opening
 import kvmapp.boot.relocation
 import kvmapp.boot.unpacked
 import kvmapp.control
+import kvmapp.diskcards
 import kvmapp.hw.e1000
 import kvmapp.hw.i6300esb
 import kvmapp.hw.pvpanic
@@ -19,7 +19,6 @@ import kvmapp.net.user
 import kvmapp.netcards
 import kvmapp.saving
 import kvmapp.virtio.balloon
-import kvmapp.virtio.blk
 import kvmapp.virtio.console
 import kvmapp.virtio.fs
 import kvmapp.virtio.mmio

@@ -72,9 +72,9 @@ def write(machine: Machine, fd: int, progress: Callable[[int], None] = lambda do
 def flush_disks(machine: Machine) -> None:
     """A saved guest will not send again what it holds for written: that is on stable storage when this returns, whatever becomes of the
     host. The machine is paused; may take long. Raises HostError."""
-    for disk in machine.disks:
-        if not disk.read_only:
-            disk.flush()
+    for device in machine.disks().values():
+        if not device.disk.read_only:
+            device.disk.flush()
 
 
 def restore(saved: SavedState, config: DomainConfig | None = None, files: dict[str, int] | None = None,

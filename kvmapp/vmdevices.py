@@ -6,8 +6,9 @@
                                                                 ← {"device": "net1", "slot": 5}
       plugs a network card in. `interface` is what config.InterfaceConfig.to_dict gives; the descriptors that the daemon opened for it
       come by SCM_RIGHTS with the request's first byte, in the order of `files` (netcards.file_name). The guest is told through ACPI.
+      Or a disk: "disk" is what DiskConfig.to_dict gives, "files": ["disk:vdb"].
     → {"verb": "detach-device", "device": "net1"}               ← {"device": "net1"}
-      asks the guest for the card. When it has let go, its descriptors are closed and subscribers hear
+      asks the guest for the card or disk. When it has let go, its descriptors are closed and subscribers hear
       {"type": "device-removed", "name": DOMAIN, "device": "net1"}; a guest without ACPI hotplug never does. A reset lets go, too.
     → {"verb": "resize-disk", "device": "vda", "bytes": 21474836480, "shrink": false}      ← {"device": "vda", "bytes": 21474836480}
       gives a disk this many bytes, fewer than it has only with `shrink`; null takes over what its file or block device has by now.
@@ -85,22 +86,29 @@ class DeviceVerbs:
         self.require("running", "paused")
         if connection.deserted():               # the daemon gave it up, and has taken the tap's filter away
             raise BadRequest("nobody waits for this card any more")
-        config, interface = self.with_interface(wanted(request, "interface", dict))
+        attach: Callable[..., int]
+        if "disk" in request:
+            config, section = self.with_disk(wanted(request, "disk", dict))
+            name, attach = section.name, self.machine.attach_disk
+        else:
+            config, section = self.with_interface(wanted(request, "interface", dict))
+            name, attach = f"net{section.index}", self.machine.attach_interface
         files = self.take_files(connection, request)
         try:
-            slot = self.machine.attach_interface(interface, files)
+            slot = attach(section, files)
         except OSError as error:
-            raise KvmappError(f"Cannot attach {interface.heading} to domain '{config.name}': {error}") from None
+            raise KvmappError(f"Cannot attach {section.heading} to domain '{config.name}': {error}") from None
         finally:
-            for fd in files.values():           # what the card did not take
+            for fd in files.values():           # what the device did not take
                 os.close(fd)
         self.config = self.machine.config = config
-        return {"device": f"net{interface.index}", "slot": slot}
+        return {"device": name, "slot": slot}
 
     def verb_detach_device(self, _connection, request) -> dict:
         self.require("running", "paused")
         device = wanted(request, "device", str)
-        self.card(device)
+        if device not in self.machine.disks():
+            self.card(device)
         self.machine.ask_for_card(device)
         return {"device": device}
 
@@ -109,12 +117,14 @@ class DeviceVerbs:
         name, size, shrink = wanted(request, "device", str), request.get("bytes"), wanted(request, "shrink", bool)
         if type(size) not in (int, type(None)):
             raise BadRequest(f"'bytes' is {size!r}, not a number")
-        disk = self.disk(name)
+        disks = self.machine.disks()
+        if name not in disks:
+            raise DeviceNotFound(f"Domain '{self.machine.config.name}' has no disk '{name}'", f"it has: {', '.join(disks) or 'none'}")
         was_running = self.machine.running
         if was_running:                         # no vCPU and no thread of the disk's may be on its way to it
             self.machine.pause()
         try:
-            size = disk.resize(size, shrink=shrink)
+            size = disks[name].resize(size, shrink=shrink)
         finally:
             if was_running:
                 self.machine.resume()
@@ -127,8 +137,9 @@ class DeviceVerbs:
             self.device_removed(device)
 
     def device_removed(self, device: str) -> None:
-        self.config = self.machine.config = self.with_interfaces(
-            [one.to_dict() for one in self.config.interfaces if f"net{one.index}" != device])
+        self.config = self.machine.config = self.with_sections(
+            interfaces=[one.to_dict() for one in self.config.interfaces if f"net{one.index}" != device],
+            disks=[one.to_dict() for one in self.config.disks if one.name != device])
         self.log(f"{device} was taken out")
         if self.server:
             self.server.publish({"type": "device-removed", "name": self.config.name, "device": device})
@@ -138,11 +149,19 @@ class DeviceVerbs:
         index = section.get("index")
         if any(one.index == index for one in self.config.interfaces):
             raise NameInUse(f"Domain '{self.config.name}' has an [interface {index}] already", "give it another index")
-        config = self.with_interfaces([*(one.to_dict() for one in self.config.interfaces), section])
+        config = self.with_sections(interfaces=[*(one.to_dict() for one in self.config.interfaces), section])
         return config, next(one for one in config.interfaces if one.index == index)
 
-    def with_interfaces(self, sections: list[dict]) -> "DomainConfig":
-        return type(self.config).from_dict({**self.config.to_dict(), "interfaces": sections})
+    def with_disk(self, section: dict):
+        """As with_interface."""
+        name = section.get("name")
+        if any(one.name == name for one in self.config.disks):
+            raise NameInUse(f"Domain '{self.config.name}' has a disk '{name}' already", "give it another name")
+        config = self.with_sections(disks=[*(one.to_dict() for one in self.config.disks), section])
+        return config, next(one for one in config.disks if one.name == name)
+
+    def with_sections(self, **sections: list[dict]) -> "DomainConfig":
+        return type(self.config).from_dict({**self.config.to_dict(), **sections})
 
     def take_files(self, connection, request) -> dict[str, int]:
         """The descriptors that came with the request, by name; they are the caller's to close."""
@@ -151,12 +170,6 @@ class DeviceVerbs:
             raise BadRequest(f"'files' is {names!r}, but {len(files)} descriptors came", "send them with the request's first byte")
         connection.fds.clear()
         return dict(zip(names, files, strict=True))
-
-    def disk(self, name: str):
-        names = [disk.name for disk in self.config.disks]
-        if name not in names:
-            raise DeviceNotFound(f"Domain '{self.machine.config.name}' has no disk '{name}'", f"it has: {', '.join(names) or 'none'}")
-        return self.machine.cards[name].device
 
     def card(self, name: str):
         """The network card of that name."""

@@ -34,7 +34,7 @@ LARGEST_BLOCK = 4096
 
 
 cdef class RawDisk(BlockBackend):
-    """Takes over `fd`, an open file or block device (block.opening gives one), and closes it in the end.
+    """Takes over `fd`, an open file or block device (imagefile.py gives one), and closes it in the end.
 
     cache: writeback; writethrough (no write is done before it is on stable storage); none and directsync, the same past the
     host's page cache; unsafe (flushes do nothing). io: which engine carries requests. alignment: the least to keep with O_DIRECT,

@@ -1,8 +1,11 @@
-"""Disks of domains: blockresize, domblkerror, domblkinfo, domblkstat."""
+"""Disks of domains: attach-disk, detach-disk, blockresize, domblkerror, domblkinfo, domblkstat."""
 from __future__ import annotations
 
+import os
+
 from kvmapp.cli import render
-from kvmapp.cli.table import SIZE, domain, flag, value, verb
+from kvmapp.cli.cards import NOT_BOTH, PERSISTENT, SCOPE, where
+from kvmapp.cli.table import SIZE, argument, domain, flag, value, verb
 from kvmapp.client import of
 from kvmapp.errors import DomainNotRunning, HostError, UsageError
 
@@ -22,6 +25,36 @@ HUMAN_COLUMN = 31
 
 def disk(name: str, **more) -> Option:
     return value(name, "the disk: its target (vda) or its source; see domblklist", complete="disk", **more)
+
+
+@verb("attach-disk", "give a domain one more disk", domain(),
+      argument("source", "the image file or the host's block device"), argument("target", "the domain's name for it: vdb"),
+      value("targetbus", "how the guest reaches it", choices=("virtio",)), value("subdriver", "its format", choices=("raw",)),
+      value("cache", "writeback, none or unsafe: see kvmapp-domain(5)", choices=("writeback", "none", "unsafe")),
+      value("io", "how requests reach the host", choices=("auto", "io_uring", "threads")),
+      value("mode", "readonly: the guest may not write", choices=("readonly",)),
+      value("serial", "the serial number that the guest reads"), PERSISTENT, *SCOPE,
+      text="The file has to be there (truncate -s 20G FILE makes an empty one). A running guest is told of the disk through ACPI, and has "
+           "it at once; it gives disks names of its own, in the order in which it finds them: go by --serial, which it shows as "
+           "/dev/disk/by-id/virtio-SERIAL.",
+      failure="Failed to attach disk", exclusive=NOT_BOTH)
+def attach_disk(session, given):
+    settings = {"source": os.path.abspath(given.source), "bus": given.targetbus, "format": given.subdriver, "cache": given.cache,
+                "io": given.io, "serial": given.serial, "readonly": "yes" if given.mode else None}
+    with session.wait_with(f"opening {given.source}", given.domain):
+        changed = session.daemon.post(of(given.domain, "disks"), name=given.target,
+                                      settings={key: text for key, text in settings.items() if text}, **where(given))
+    session.done(changed, "Disk attached successfully")
+
+
+@verb("detach-disk", "take a disk out of a domain", domain(), disk("target", required=True), PERSISTENT, *SCOPE,
+      text="Its file stays. A running guest is asked for the disk, and the disk is gone when the guest has let go of it: unmount it there "
+           "first.",
+      failure="Failed to detach disk", exclusive=NOT_BOTH)
+def detach_disk(session, given):
+    with session.wait_with(f"waiting for the guest of {given.domain} to let go", given.domain):
+        changed = session.daemon.post(of(given.domain, "disks", "detach"), disk=given.target, **where(given))
+    session.done(changed, "Disk detached successfully")
 
 
 @verb("blockresize", "give a disk of a running domain another size", domain(complete="active"), disk("path", required=True),

@@ -22,7 +22,7 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         "tuning": ("emulatorpin", "memtune", "numatune", "schedinfo", "vcpupin"),
         "console": ("console", "ttyconsole"),
         "cards": ("attach-interface", "detach-interface", "domif-getlink", "domif-setlink", "domiftune"),
-        "disks": ("blockresize",),
+        "disks": ("attach-disk", "blockresize", "detach-disk"),
     }),
     "monitor": ("Domain Monitoring", {
         "listing": ("list",),

@@ -14,6 +14,7 @@ from itertools import count
 
 from kvmapp.config import DomainConfig
 from kvmapp.daemon import cardfilter, dnsmasq, ports, shaping
+from kvmapp.daemon.domain import removable
 from kvmapp.daemon.links import LinkWatch
 from kvmapp.daemon.owners import Owners
 from kvmapp.daemon.ports import Known
@@ -151,19 +152,19 @@ class Cards:
         return any(known.follows for _, known in self.filters.values())
 
     def compare(self, domain: Domain, devices: list[str]) -> None:
-        """These are what the running domain has: the guest may have let go of a card while no daemon was there to hear of it."""
-        for card in domain.live.interfaces if domain.live else ():
-            if f"net{card.index}" not in devices:
-                self.removed(domain, f"net{card.index}")
+        """These are what the running domain has: the guest may have let go of others while no daemon was there to hear of it."""
+        for device in removable(domain.live) - {*devices}:
+            self.removed(domain, device)
 
     def removed(self, domain: Domain, device: str) -> None:
-        """The guest has let go of a card, and its tap is gone."""
-        if domain.live is None or domain.record is None or device not in [f"net{card.index}" for card in domain.live.interfaces]:
+        """The guest has let go of a card, and its tap is gone; or of a disk."""
+        if domain.live is None or domain.record is None or device not in removable(domain.live):
             return
-        index = device.removeprefix("net")
-        tap = domain.record.taps.pop(index, None)
-        rest = [card.to_dict() for card in domain.live.interfaces if str(card.index) != index]
-        domain.live = DomainConfig.from_dict({**domain.live.to_dict(), "interfaces": rest})
+        tap = domain.record.taps.pop(device.removeprefix("net"), None)
+        domain.record.disks = [disk for disk in domain.record.disks if disk[0] != device]
+        cards = [card.to_dict() for card in domain.live.interfaces if f"net{card.index}" != device]
+        disks = [disk.to_dict() for disk in domain.live.disks if disk.name != device]
+        domain.live = DomainConfig.from_dict({**domain.live.to_dict(), "interfaces": cards, "disks": disks})
         domain.record.config = domain.live.to_dict()
         domain.record.save(domain.paths)
         domain.notify()

@@ -1,32 +1,23 @@
-"""Network cards of domains that come, go and change: attach-interface, detach-interface, domif-setlink, domiftune.
-
-As in virsh, the running domain and its file are two things, and `live` and `config` choose. Both new configurations are checked
-before either is changed; the running domain comes first, for it is what can refuse.
-"""
+"""Network cards of domains that come, go and change: attach-interface, detach-interface, domif-setlink, domiftune."""
 from __future__ import annotations
 
 from kvmapp import schema
 from kvmapp.config import DomainConfig
-from kvmapp.daemon.actions import change_stored, scope
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain, interface_view
 from kvmapp.daemon.netverbs import parsed
+from kvmapp.daemon.plugging import change_file, change_live, changed, chosen, configs, plug_in, unplug
 from kvmapp.daemon.taps import open_tap
 from kvmapp.errors import KvmappError, NameInUse, Unsupported, UsageError
 from kvmapp.values import make_mac
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kvmapp.config import InterfaceConfig
-
-    Cards = Callable[[list[dict]], list[dict]]          # what becomes of a configuration's cards
+    from kvmapp.daemon.plugging import Change
 
 SECTION = schema.DOMAIN.sections["interface"]
-ATTACH_TIMEOUT = 10.0                   # seconds
-COME_AND_GO = "Its cards cannot come and go"
-EJECT_PATIENCE = 5.0                    # for the guest to let go of a card before the verb answers; a Linux takes a moment
+CARDS = "interfaces"
 
 
 async def interface_attach(call: Call) -> dict:
@@ -40,13 +31,13 @@ async def interface_attach(call: Call) -> dict:
 
         def add(cards: list[dict]) -> list[dict]:
             return [*cards, {"index": index, **settings}]
-        after = [with_cards(one, add(cards_of(one))) for one in targets]
+        after = [changed(one, CARDS, add) for one in targets]
         if live:
             await plug(call, domain, after[0], card_of(after[0], index))
-            change_live(domain, add)
+            change_live(domain, CARDS, add)
         if config:
-            change_cards(call, domain, add)
-        return changed(call, domain, card_of(after[0], index), live)
+            change_file(call, domain, CARDS, add)
+        return answer(call, domain, card_of(after[0], index), live)
 
 
 async def interface_detach(call: Call) -> dict:
@@ -54,11 +45,11 @@ async def interface_detach(call: Call) -> dict:
     with domain.jobs.hold("detach-interface", call.who):
         live, config = chosen(call, domain)
         found = find(domain, configs(domain, live, config), call.body)
-        view = changed(call, domain, found[0], live)
+        view = answer(call, domain, found[0], live)
         if live:
-            await unplug(domain, found[0], view["warnings"])
+            await unplug(domain, f"net{found[0].index}", f"{found[0].heading} ({found[0].mac})", view["warnings"])
         if config:
-            change_cards(call, domain, lambda cards: [one for one in cards if one["index"] != found[-1].index])
+            change_file(call, domain, CARDS, lambda cards: [one for one in cards if one["index"] != found[-1].index])
         return {**view, "domain": domain.summary()}
 
 
@@ -75,46 +66,18 @@ async def interface_update(call: Call) -> dict:
                               "with --config it takes effect at the next start")
         settings = {key: SECTION.settings[key].default if value is None else value for key, value in settings.items()}
 
-        def alter(was: InterfaceConfig) -> Cards:
+        def alter(was: InterfaceConfig) -> Change:
             return lambda cards: [{**card, **settings} if card["index"] == was.index else card for card in cards]
-        after = [with_cards(one, alter(was)(cards_of(one))) for one, was in zip(targets, before, strict=True)]
+        after = [changed(one, CARDS, alter(was)) for one, was in zip(targets, before, strict=True)]
         if live:
             await apply_live(call, domain, before[0], card_of(after[0], before[0].index))
-            change_live(domain, alter(before[0]))
+            change_live(domain, CARDS, alter(before[0]))
         if config:
-            change_cards(call, domain, alter(before[-1]))
-        return changed(call, domain, card_of(after[0], before[0].index), live)
+            change_file(call, domain, CARDS, alter(before[-1]))
+        return answer(call, domain, card_of(after[0], before[0].index), live)
 
 
-# Which configurations, and which card of them.
-
-def chosen(call: Call, domain: Domain) -> tuple[bool, bool]:
-    """`persistent`: what virsh means by it: the file, and the running domain if it runs."""
-    if call.body.get("persistent"):
-        domain.want_persistent()
-        return domain.active, True
-    return scope(call, domain)
-
-
-def configs(domain: Domain, live: bool, config: bool) -> list[DomainConfig]:
-    """The live one first."""
-    found = []
-    if live:
-        domain.want_active()
-        if domain.live is None:
-            raise Unsupported(f"Domain '{domain.name}' was started by another version, which this one does not understand",
-                              "with --config the change takes effect at the next start")
-        found.append(domain.live)
-    return [*found, domain.want_persistent()] if config else found
-
-
-def cards_of(config: DomainConfig) -> list[dict]:
-    return [one.to_dict() for one in config.interfaces]
-
-
-def with_cards(config: DomainConfig, cards: list[dict]) -> DomainConfig:
-    return DomainConfig.from_dict({**config.to_dict(), "interfaces": cards})
-
+# Which card.
 
 def card_of(config: DomainConfig, index: int) -> InterfaceConfig:
     return next(one for one in config.interfaces if one.index == index)
@@ -160,35 +123,17 @@ def targets_of(domain: Domain, config: DomainConfig) -> dict[str, str | None]:
     return {mac: there.get(mac, None if name in there.values() else name) for mac, name in names.items()}
 
 
-def changed(call: Call, domain: Domain, card: InterfaceConfig, live: bool) -> dict:
+def answer(call: Call, domain: Domain, card: InterfaceConfig, live: bool) -> dict:
     """`live`: the card is the running domain's; another one's tap has nothing to do with it."""
     return {**call.changed(domain), "interface": interface_view(card, domain.record.taps if live and domain.record else {})}
 
 
 # The running domain.
 
-def set_live(domain: Domain, config: DomainConfig) -> None:
-    assert domain.record
-    domain.live, domain.record.config = config, config.to_dict()
-    domain.record.save(domain.paths)
-
-
-def change_live(domain: Domain, change: Cards) -> None:
-    """Of the cards that are there by now: the guest may have let go of one while the verb was at work."""
-    domain.want_active()
-    assert domain.live
-    set_live(domain, with_cards(domain.live, change(cards_of(domain.live))))
-
-
-def change_cards(call: Call, domain: Domain, change: Cards) -> None:
-    """In the domain's file."""
-    change_stored(call, domain, lambda stored: {"interfaces": change(cards_of(stored))})
-
-
 async def plug(call: Call, domain: Domain, config: DomainConfig, card: InterfaceConfig) -> None:
     """Makes its tap, hands it to the domain process. Raises KvmappError; then nothing of it is left."""
     supervisor = call.supervisor
-    process = domain.want_active()
+    domain.want_active()
     for other in supervisor.active():
         if any(one.mac == card.mac for one in (other.live.interfaces if other.live and other is not domain else ())):
             raise NameInUse(f"Domain '{other.name}' runs with the same MAC address {card.mac}", "leave --mac out and one is made")
@@ -199,7 +144,7 @@ async def plug(call: Call, domain: Domain, config: DomainConfig, card: Interface
         if tap and tap.made:
             await supervisor.cards.settle(domain.name, card, tap.name, bridge)
         supervisor.networks.expect(config)
-        await domain.told(process.ask_with_files("attach-device", files, ATTACH_TIMEOUT, interface=card.to_dict()), COME_AND_GO)
+        await plug_in(domain, files, interface=card.to_dict())
     except BaseException:
         if tap:
             supervisor.cards.release(domain.name, tap.name)
@@ -211,15 +156,6 @@ async def plug(call: Call, domain: Domain, config: DomainConfig, card: Interface
         raise KvmappError(f"Domain '{domain.name}' ended meanwhile")
     if tap:
         domain.record.taps[str(card.index)] = tap.name
-
-
-async def unplug(domain: Domain, card: InterfaceConfig, warnings: list[str]) -> None:
-    """Asks the guest for it; what else there is to do is done when the guest has let go (Cards.removed)."""
-    await domain.told(domain.want_active().ask("detach-device", device=f"net{card.index}"), COME_AND_GO)
-    gone = await domain.wait_until(lambda: domain.live is None or all(one.index != card.index for one in domain.live.interfaces),
-                                   EJECT_PATIENCE)
-    if not gone:
-        warnings.append(f"the guest has not let go of {card.heading} ({card.mac}) yet; a guest without ACPI hotplug never does")
 
 
 async def apply_live(call: Call, domain: Domain, before: InterfaceConfig, after: InterfaceConfig) -> None:

@@ -1,23 +1,92 @@
-"""Disks of domains: how large they are, and larger ones while they run. blockresize, domblkinfo."""
+"""Disks of domains that come, go and grow, and how large they are: attach-disk, detach-disk, blockresize, domblkinfo."""
 from __future__ import annotations
 
 import asyncio
 import os
 import stat
+from functools import partial
 
+from kvmapp import schema
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain
+from kvmapp.daemon.netverbs import parsed
+from kvmapp.daemon.plugging import change_file, change_live, changed, chosen, configs, plug_in, unplug
+from kvmapp.daemon.starting import check_disks, identities
 from kvmapp.daemon.threads import in_own_thread
-from kvmapp.errors import HostError, UsageError
+from kvmapp.errors import HostError, KvmappError, NameInUse, UsageError
+from kvmapp.imagefile import open_image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvmapp.config import DiskConfig, DomainConfig
+    from kvmapp.daemon.plugging import Change
+
+SECTION = schema.DOMAIN.sections["disk"]
+DISKS = "disks"
 
 SIZES = ("capacity", "allocation", "physical")
 SECTOR = 512
 PATIENCE = 2.0                          # seconds that a query waits for a file server
 RESIZE_TIMEOUT = 30.0                   # requests that are under way are awaited
+
+
+async def disk_attach(call: Call) -> dict:
+    domain, name = call.domain(), call.body.get("name", "")
+    with domain.jobs.hold("attach-disk", call.who):
+        live, config = chosen(call, domain)
+        targets = configs(domain, live, config)
+        settings = {key: value for key, value in parsed(SECTION, name, call.body.get("settings", {})).items() if value is not None}
+        if not os.path.isabs(str(settings.get("source", "/"))):
+            raise UsageError(f"attach-disk: source is {settings['source']!r}, not an absolute path")
+        for target in targets:
+            if any(disk.name == name for disk in target.disks):
+                raise NameInUse(f"operation failed: target {name} already exists", f"it is a disk of the "
+                                f"{'running domain' if target is domain.live else 'domain file'}: kvmappctl domblklist {domain.name}")
+
+        def add(disks: list[dict]) -> list[dict]:
+            return [*disks, {"name": name, **settings}]
+        after = [changed(one, DISKS, add) for one in targets]
+        if live:
+            await plug(call, domain, after[0].disks[-1])
+            change_live(domain, DISKS, add)
+        if config:
+            change_file(call, domain, DISKS, add)
+    return call.changed(domain)
+
+
+async def plug(call: Call, domain: Domain, disk: DiskConfig) -> None:
+    """Opens and locks its file, which the domain process may not, and hands it over. Raises KvmappError."""
+    domain.want_active()
+    files = await in_own_thread(identities, [disk])
+    check_disks(call.supervisor, files)
+    fd = await in_own_thread(partial(open_image, disk.name, disk.source, read_only=disk.readonly), unwanted=os.close)
+    try:
+        await plug_in(domain, {f"disk:{disk.name}": fd}, disk=disk.to_dict())
+    finally:
+        os.close(fd)                    # it stays open, and locked, as the domain's
+    if domain.record is None:
+        raise KvmappError(f"Domain '{domain.name}' ended meanwhile")
+    domain.record.disks += files
+
+
+async def disk_detach(call: Call) -> dict:
+    domain, path = call.domain(), call.body.get("disk", "")
+    with domain.jobs.hold("detach-disk", call.who):
+        live, config = chosen(call, domain)
+        targets = configs(domain, live, config)
+        disk = find(domain, targets[0], path, f"No disk found whose source path or target is {path}")
+        if len(targets) > 1:
+            find(domain, targets[1], disk.name, f"No disk found whose source path or target is {path} in the domain's file")
+        warnings: list[str] = []
+        if live:
+            await unplug(domain, disk.name, f"disk {disk.name} ({disk.source})", warnings)
+        if config:
+            change_file(call, domain, DISKS, without(disk.name))
+    return call.changed(domain, warnings)
+
+
+def without(name: str) -> Change:
+    return lambda disks: [one for one in disks if one["name"] != name]
 
 
 async def disk_sizes(call: Call) -> dict:
@@ -64,7 +133,8 @@ async def disk_resize(call: Call) -> dict:
     size = call.body.get("bytes")
     with domain.jobs.hold("blockresize", call.who):
         process = domain.want_active()
-        disk = find(domain, domain.live or domain.want_persistent(), call.body.get("disk", ""))
+        path = call.body.get("disk", "")
+        disk = find(domain, domain.live or domain.want_persistent(), path, f"invalid argument: invalid path {path} not assigned to domain")
         if disk.readonly and size is not None:
             raise UsageError(f"Cannot resize disk '{disk.name}' ({disk.source}): it is read-only")
         await domain.told(process.ask("resize-disk", RESIZE_TIMEOUT, device=disk.name, bytes=size, shrink=call.body.get("shrink", False)),
@@ -72,10 +142,10 @@ async def disk_resize(call: Call) -> dict:
     return call.changed(domain)
 
 
-def find(domain: Domain, config: DomainConfig, path: str) -> DiskConfig:
-    """By its target or its source. virsh's words."""
+def find(domain: Domain, config: DomainConfig, path: str, otherwise: str) -> DiskConfig:
+    """By its target or its source. `otherwise`: virsh's words, which differ."""
     found = next((disk for disk in config.disks if path in (disk.name, disk.source)), None)
     if found is None:
-        raise UsageError(f"invalid argument: invalid path {path} not assigned to domain",
+        raise UsageError(otherwise,
                          f"it has: {', '.join(disk.name for disk in config.disks) or 'none'}; see kvmappctl domblklist {domain.name}")
     return found

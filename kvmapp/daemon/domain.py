@@ -247,6 +247,11 @@ class Domain:
             "ending": self.ending, "runtime": record.version if record else None}
 
 
+def removable(config: DomainConfig | None) -> set[str]:
+    """What the control socket calls the devices that may come and go."""
+    return {f"net{one.index}" for one in config.interfaces} | {one.name for one in config.disks} if config else set()
+
+
 def disk_views(config: DomainConfig, status: dict) -> list[dict]:
     full = status.get("full_disks")
     return [{"name": disk.name, "source": disk.source, "format": disk.format, "bus": disk.bus, "readonly": disk.readonly,

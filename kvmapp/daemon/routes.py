@@ -88,6 +88,8 @@ ROUTES = (
     Route("POST", ONE + "/interfaces/update", "interface_update", "InterfaceChanged",
           "Change a card's cable, filter or rates: domif-setlink, domiftune.", request=shapes.UPDATE_INTERFACE),
     Route("GET", ONE + "/disks", "disk_sizes", "DiskSizes", "How large its disks are, to the guest and on the host: domblkinfo."),
+    Route("POST", ONE + "/disks", "disk_attach", "Changed", "Give it one more disk: attach-disk.", request=shapes.ATTACH_DISK),
+    Route("POST", ONE + "/disks/detach", "disk_detach", "Changed", "Take a disk out: detach-disk.", request=shapes.DETACH_DISK),
     Route("POST", ONE + "/disks/resize", "disk_resize", "Changed", "Give a running domain's disk another size: blockresize.",
           request=shapes.RESIZE_DISK),
     Route("GET", "/v1/interfaces", "interfaces", "HostInterfaces", "The host's own network devices: iface-list."),

@@ -290,6 +290,9 @@ DESTROY = options(graceful=yes_no("never SIGKILL: fail if the process does not e
 AUTOSTART_SET = options(enabled=yes_no())
 RENAME = options(name=text())
 SET_MEMORY = options(bytes=whole(), live=yes_no(), config=yes_no(), maximum=yes_no("memory instead of current_memory"))
+ATTACH_DISK = options(name=text("its target: vdb"), settings=map_of(text("as in [disk NAME] of the file: key and value")),
+                      live=yes_no(), config=yes_no(), persistent=yes_no("the file, and live if it runs"))
+DETACH_DISK = options(disk=text("its target, or its source"), live=yes_no(), config=yes_no(), persistent=yes_no())
 RESIZE_DISK = options(disk=text("its target, or its source"), bytes=maybe(whole("null: what its file or device has by now")),
                       shrink=yes_no("though it has more now, and what is at its end is lost"))
 SET_VCPUS = options(count=whole(), live=yes_no(), config=yes_no())

@@ -29,9 +29,9 @@ from kvmapp.runtime import IDENTITY
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Iterable
 
-    from kvmapp.config import DomainConfig, FilesystemConfig
+    from kvmapp.config import DiskConfig, DomainConfig, FilesystemConfig
     from kvmapp.daemon.jobs import Job
     from kvmapp.daemon.supervisor import Supervisor
     from kvmapp.hostconfig import GuestDefaults
@@ -222,24 +222,10 @@ class Start:
                                     f"take the mac key out of domain '{self.domain.name}' and one is made")
 
     def identify_disks(self) -> None:
-        """Which files the disks are; one that is not there is the domain process's to complain of."""
-        for disk in self.config.disks:
-            try:
-                status = os.stat(disk.source)
-            except OSError:
-                continue
-            identity = [status.st_rdev, 0] if status.st_rdev else [status.st_dev, status.st_ino]
-            self.disks.append([disk.name, disk.source, *identity, disk.readonly])
+        self.disks = identities(self.config.disks)
 
     def check_disks(self) -> None:
-        """What the locks on the files would say as well, but with the other domain's name."""
-        for other in self.supervisor.active():
-            for theirs in other.record.disks if other.record else ():
-                for name, source, *identity, readonly in self.disks:
-                    if theirs[2:4] == identity and not (readonly and theirs[4]):
-                        raise GuestImageError(f"Cannot open disk '{name}' ({source}): it is disk '{theirs[0]}' of domain "
-                                              f"'{other.name}', which runs",
-                                              "two domains may share a disk only when both have readonly = yes")
+        check_disks(self.supervisor, self.disks)
 
     async def open_taps(self) -> None:
         networks = self.supervisor.networks
@@ -292,6 +278,30 @@ class Start:
                              "raise [memtune] hard_limit" if self.config.memtune.hard_limit else "free some of the host's memory")
         return HostError(f"The process of domain '{self.domain.name}' ended before its guest ran",
                          f"see {self.paths.domain_log(self.domain.name)}")
+
+
+def identities(disks: Iterable[DiskConfig]) -> list[list]:
+    """Which files the disks are, as records have them; one that is not there is left to whoever opens it to complain of."""
+    found = []
+    for disk in disks:
+        try:
+            status = os.stat(disk.source)
+        except OSError:
+            continue
+        identity = [status.st_rdev, 0] if status.st_rdev else [status.st_dev, status.st_ino]
+        found.append([disk.name, disk.source, *identity, disk.readonly])
+    return found
+
+
+def check_disks(supervisor: Supervisor, disks: list[list]) -> None:
+    """What the locks on the files would say as well, but with the other domain's name."""
+    for other in supervisor.active():
+        for theirs in other.record.disks if other.record else ():
+            for name, source, *identity, readonly in disks:
+                if theirs[2:4] == identity and not (readonly and theirs[4]):
+                    raise GuestImageError(f"Cannot open disk '{name}' ({source}): it is disk '{theirs[0]}' of domain "
+                                          f"'{other.name}', which runs",
+                                          "two domains may share a disk only when both have readonly = yes")
 
 
 def patience(config: DomainConfig) -> float:

@@ -13,11 +13,11 @@ from kvmapp.config import DomainConfig
 from kvmapp.cpuset import ranges
 from kvmapp.daemon.actions import change_stored, scope
 from kvmapp.daemon.call import Call
-from kvmapp.daemon.cardverbs import configs, set_live
 from kvmapp.daemon.counters import vcpu_numbers
 from kvmapp.daemon.domain import Domain
 from kvmapp.daemon.limits import Tunables, group_limits, vcpu_limits
 from kvmapp.daemon.netverbs import parsed
+from kvmapp.daemon.plugging import configs, set_live
 from kvmapp.errors import ConfigError, HostError, KvmappError, Unsupported
 
 TYPE_CHECKING = False

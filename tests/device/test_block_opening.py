@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvmapp.block import opening
-from kvmapp.block.opening import open_disk, open_image
+from kvmapp import imagefile
 from kvmapp.block.session import DiskSession
+from kvmapp.diskcards import open_disk
 from kvmapp.errors import GuestImageError
+from kvmapp.imagefile import open_image
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def run_as_nobody(code, *arguments):
     """Python code in a process without privileges; (exit status, output). The package is imported before they go."""
     drop = """
         import os, sys
-        from kvmapp.block.opening import open_image
+        from kvmapp.imagefile import open_image
         if os.geteuid() == 0:
             os.setgroups([]); os.setgid(65534); os.setuid(65534)
     """
@@ -105,7 +106,7 @@ def test_the_missing_permission_is_named_with_its_folder_and_user(tmp_path):
 def test_two_writers_are_kept_apart_and_the_holder_is_named(image):
     holder = subprocess.Popen([sys.executable, "-c", textwrap.dedent("""
         import sys
-        from kvmapp.block.opening import open_image
+        from kvmapp.imagefile import open_image
         fd = open_image("vdb", sys.argv[1])
         print("locked", flush=True)
         sys.stdin.read()
@@ -146,18 +147,18 @@ def test_a_lock_that_a_killed_process_leaves_for_a_moment_is_waited_for(image, o
         waits.append(seconds)
         ownerless_lock()
 
-    monkeypatch.setattr(opening.time, "sleep", wait)
+    monkeypatch.setattr(imagefile.time, "sleep", wait)
     open_disk(section(image)).close()
     assert len(waits) == 1
 
 
 def test_a_lock_of_nobody_that_stays_is_told(image, ownerless_lock, monkeypatch):
-    monkeypatch.setattr(opening, "DYING_SECONDS", 0.05)
+    monkeypatch.setattr(imagefile, "DYING_SECONDS", 0.05)
     assert "it is being used by another process" in refused(image)
 
 
 def test_one_process_does_not_open_a_disk_twice_either(image, monkeypatch):
-    monkeypatch.setattr(opening.time, "sleep", lambda seconds: pytest.fail("it waits for itself"))
+    monkeypatch.setattr(imagefile.time, "sleep", lambda seconds: pytest.fail("it waits for itself"))
     with open_disk(section(image)):
         assert "it is being used by another process" in refused(image)
     with open_disk(section(image, readonly=True)), open_disk(section(image, readonly=True)):
@@ -171,7 +172,7 @@ def test_one_process_does_not_open_a_disk_twice_either(image, monkeypatch):
 
 def test_a_descriptor_that_goes_while_its_process_is_looked_at_hides_no_other(image, monkeypatch):
     """The one by which we list our own has a number below the disk's here, and is gone when its turn comes."""
-    monkeypatch.setattr(opening.time, "sleep", lambda seconds: pytest.fail("it waits for itself"))
+    monkeypatch.setattr(imagefile.time, "sleep", lambda seconds: pytest.fail("it waits for itself"))
     gaps = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]
     with open_disk(section(image)):
         for gap in gaps:
@@ -213,7 +214,7 @@ def test_a_read_only_device_opens_read_only(loop):
 
 @pytest.mark.parametrize("loop", [[]], indirect=True)
 def test_a_device_that_somebody_else_claims_is_left_alone(loop, monkeypatch):
-    monkeypatch.setattr(opening, "DYING_SECONDS", 0.05)
+    monkeypatch.setattr(imagefile, "DYING_SECONDS", 0.05)
     claim = os.open(loop, os.O_RDWR | os.O_EXCL)             # as a mount does
     assert "busy | the host itself uses the device" in refused(loop)
     os.close(claim)
@@ -224,14 +225,14 @@ def test_a_device_that_somebody_else_claims_is_left_alone(loop, monkeypatch):
 @pytest.mark.parametrize("loop", [[]], indirect=True)
 def test_a_device_that_a_killed_process_leaves_in_a_moment_is_waited_for(loop, monkeypatch):
     claim = os.open(loop, os.O_RDWR | os.O_EXCL)
-    monkeypatch.setattr(opening.time, "sleep", lambda seconds: os.close(claim))
+    monkeypatch.setattr(imagefile.time, "sleep", lambda seconds: os.close(claim))
     open_disk(section(loop)).close()
 
 
 @pytest.mark.parametrize("loop", [[]], indirect=True)
 def test_a_device_of_another_guest_is_said_to_be_that(loop, monkeypatch):
     """At once, and not that the host had it mounted."""
-    monkeypatch.setattr(opening.time, "sleep", lambda seconds: pytest.fail("it waits for a guest that runs"))
+    monkeypatch.setattr(imagefile.time, "sleep", lambda seconds: pytest.fail("it waits for a guest that runs"))
     with open_disk(section(loop)):
         assert "it is being used by another process" in refused(loop)
 

@@ -2,6 +2,7 @@
 
 In the lab only, for the host's own bridges and rules are what is tested.
 """
+import os
 import re
 import shutil
 import signal
@@ -128,6 +129,19 @@ def test_stock_guests_on_the_default_network(daemon, outside, start, root_disk):
     ctl("blockresize", "ann", "vda", "--size", f"{sectors * 512}b")
     ann.run(f"until [ $(cat /sys/block/vda/size) = {sectors} ]; do sleep 0.1; done")
     assert "is now" in ann.run("resize2fs /dev/vda 2>&1") and f"Capacity:       {sectors * 512}\n" in ctl("domblkinfo", "ann", "vda")
+
+    more = root_disk.with_name("more.img")
+    more.write_bytes(b"")
+    os.truncate(more, 64 << 20)
+    for _ in range(2):
+        ctl("attach-disk", "ann", str(more), "vdb", "--serial", "MORE")
+        ann.run("until [ -b /dev/disk/by-id/virtio-MORE ]; do sleep 0.1; done")
+        ann.run("blkid /dev/disk/by-id/virtio-MORE || mkfs.ext4 -q /dev/disk/by-id/virtio-MORE")
+        ann.run("mount /dev/disk/by-id/virtio-MORE /mnt && date >>/mnt/times && umount /mnt")
+        ctl("detach-disk", "ann", "vdb")
+        assert "vdb" not in ctl("domblklist", "ann")
+        ann.run("until ! [ -e /dev/disk/by-id/virtio-MORE ]; do sleep 0.1; done")
+    assert host("debugfs", "-R", "cat times", str(more)).count("\n") == 2
 
     for name in ("ann", "bob"):
         ctl("destroy", name)

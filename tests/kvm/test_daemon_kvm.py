@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kvmapp import errors
-from kvmapp.block.opening import open_image
+from kvmapp.imagefile import open_image
 from tests.kvm.host import needs_root
 from tests.smalldisk import fill, make_room, small_disk, sparse
 
@@ -142,16 +142,64 @@ def test_a_disk_of_a_running_guest_becomes_larger(host):
         assert image.stat().st_size == host.get("a", "disks")["disks"][0]["capacity"] == size
     with pytest.raises(errors.GuestImageError, match="what is at its end would be lost"):
         host.post("a", "disks", "resize", disk="vda", bytes=1 << 20)
-    counted = len(host.counts("a"))
-    host.eventually(lambda: len(host.counts("a")) > counted)
+    goes_on(host)
     assert "vda has 4194304 bytes now\n" in Path(host.paths.domain_log("a")).read_text()
     host.post("a", "suspend")
     host.post("a", "disks", "resize", disk="vda", bytes=4 << 20)
     host.post("a", "managedsave")
     assert host.post("a", "start")["domain"]["state"] == "paused"
     host.post("a", "resume")
+    goes_on(host)
+
+
+def test_a_disk_comes_and_goes_while_the_guest_runs(host):
+    """The probe guest lets go of nothing; a reset does."""
+    first, second = (str(sparse(Path(host.root, f"{name}.img"), 1 << 20)) for name in "ab")
+    host.guest("a", "steps=none mode=counter period=20", rest=f"[disk vda]\nsource = {first}\n")
+    host.start()
+    pid = host.post("a", "start")["domain"]["pid"]
+    host.post("a", "disks", name="vdb", settings={"source": second, "queues": "2", "serial": "B"})
+    assert [disk["name"] for disk in host.get("a", "stats")["disks"]] == ["vda", "vdb"]
+    assert {"name": "vdb", "slot": 2} in host.told("a", "status")["devices"]
+    host.post("a", "disks", "resize", disk="vdb", bytes=2 << 20)
+    with pytest.raises(errors.GuestImageError, match=f"it is being used by process {pid} "):
+        os.close(open_image("vdb", second))
+    with pytest.raises(errors.NameInUse, match="target vdb already exists"):
+        host.post("a", "disks", name="vdb", settings={"source": first})
+    goes_on(host)
+
+    host.post("a", "managedsave")
+    pid = host.post("a", "start")["domain"]["pid"]
+    assert [disk["name"] for disk in host.domain("a")["disks"]] == ["vda", "vdb"]
+    assert {"name": "vdb", "slot": 2} in host.told("a", "status")["devices"]
+    goes_on(host)
+
+    host.told("a", "detach-device", device="vdb")               # past the daemon, which would wait for the guest
+    assert [disk["name"] for disk in host.domain("a")["disks"]] == ["vda", "vdb"]
+    host.post("a", "reset")
+    host.eventually(lambda: [disk["name"] for disk in host.domain("a")["disks"]] == ["vda"])
+    assert [disk["name"] for disk in host.get("a", "stats")["disks"]] == ["vda"]
+    os.close(open_image("vdb", second))
+    goes_on(host)
+    host.post("a", "disks", name="vdc", settings={"source": second})
+    assert {"name": "vdc", "slot": 2} in host.told("a", "status")["devices"] and host.domain("a")["pid"] == pid
+
+
+def goes_on(host):
     counted = len(host.counts("a"))
     host.eventually(lambda: len(host.counts("a")) > counted)
+
+
+@pytest.mark.parametrize(("top", "words"), [("machine = microvm\n", "whose devices stay as they were"), ("acpi = no\n", "has no ACPI")])
+def test_a_machine_whose_disks_stay(host, top, words):
+    image = str(sparse(Path(host.root, "a.img"), 1 << 20))
+    host.guest("a", "steps=none mode=counter period=20", top)
+    host.start()
+    host.post("a", "start")
+    with pytest.raises(errors.Unsupported, match=words):
+        host.post("a", "disks", name="vda", settings={"source": image})
+    os.close(open_image("vda", image))
+    assert host.domain("a")["disks"] == []
 
 
 def test_full_host_pauses_the_guest_until_there_is_room(host):

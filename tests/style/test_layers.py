@@ -26,8 +26,9 @@ FLOORS = {
     "slots": {"abi", "memory", "devices", "core", "hw", "virtio"},
     "tuning": set(),
     "netcards": {"iothread", "hw", "virtio", "net"},
-    "machine": {"abi", "memory", "devices", "core", "iothread", "chardev", "hw", "virtio", "block", "net", "boot", "netcards", "slots",
-                "tuning"},
+    "diskcards": {"iothread", "virtio", "block"},
+    "machine": {"abi", "memory", "devices", "core", "iothread", "chardev", "hw", "virtio", "block", "net", "boot", "netcards", "diskcards",
+                "slots", "tuning"},
     "snapshot": {"machine"},
     "saving": {"loop", "machine", "snapshot"},
     "loop": set(),
@@ -35,7 +36,7 @@ FLOORS = {
     "console": {"loop", "chardev"},
     "terminal": set(),
     "vmdevices": {"control", "machine"},
-    "preload": {"hw", "virtio", "block", "net", "boot", "netcards", "control", "saving"},
+    "preload": {"hw", "virtio", "block", "net", "boot", "netcards", "diskcards", "control", "saving"},
     "vmprocess": {"devices", "control", "console", "loop", "machine", "vmdevices", "snapshot", "saving", "preload"},
     "timing": {"machine"},
     "foreground": {"console", "loop", "terminal", "machine", "snapshot", "vmprocess", "timing"},
@@ -47,7 +48,7 @@ FLOORS = {
 # Rooms that everybody may use; they look into no other.
 SHARED = {"errors", "state", "schema", "layout", "config", "client", "check", "values", "settings", "cpuset", "ini", "initree", "runtime",
           "kvmstats", "laying", "licences", "options", "samples", "hostinfo", "install", "hostconfig", "probe", "statefile",
-          "unixsocket", "fileserver", "cardfiles", "__init__", "__main__"}
+          "unixsocket", "fileserver", "cardfiles", "imagefile", "imagelocks", "__init__", "__main__"}
 IMPORT = re.compile(r"^\s*(?:from\s+(kvmapp(?:\.\w+)*)\s+c?import\s+([\w, ()]+)|c?import\s+(kvmapp(?:\.\w+)+))", re.MULTILINE)
 
 

@@ -20,7 +20,7 @@ class FakeDomain:
         self.config, self.control, self.run_dir = config, control, run_dir
         self.files, self.came = files, []
         self.links = {}
-        self.cards = [f"net{one.index}" for one in config.interfaces]
+        self.cards = [f"net{one.index}" for one in config.interfaces] + [one.name for one in config.disks]
         self.tuned = {}
         self.behaviour = set((config.description or "").split())
         self.state, self.reason = ("paused", "user") if paused else ("running", "booted")
@@ -75,6 +75,8 @@ class FakeDomain:
         verb = getattr(self, f"verb_{request['verb'].replace('-', '_')}", None)
         if "old" in self.behaviour and request["verb"].endswith(("-device", "-disk")):
             verb = None
+            while self.came:
+                os.close(self.came.pop())
         try:
             reply = {"ok": verb(client, request)} if verb else {"error": error("bad-request", f"unknown verb {request['verb']}")}
         except Refusal as refusal:
@@ -156,7 +158,7 @@ class FakeDomain:
     def verb_test_tuned(self, _client, _request):
         return self.tuned
 
-    # Cards, as vmdevices.py has them.
+    # Cards and disks, as vmdevices.py has them.
 
     def verb_link(self, _client, request):
         self.links[request["device"]] = request["up"]
@@ -169,15 +171,17 @@ class FakeDomain:
                 os.close(fd)
             raise Refusal(error("wrong-state", "no slot is free"))
         self.files |= dict(zip(request["files"], came, strict=True))
-        self.cards.append(f"net{request['interface']['index']}")
-        return {"device": f"net{request['interface']['index']}", "slot": 5}
+        name = request["disk"]["name"] if "disk" in request else f"net{request['interface']['index']}"
+        self.cards.append(name)
+        return {"device": name, "slot": 5}
 
     def verb_detach_device(self, _client, request):
-        index = request["device"].removeprefix("net")
+        name = request["device"]
         if "keeps-cards" not in self.behaviour:
-            self.cards.remove(request["device"])
-            if fd := self.files.pop(f"interface:{index}", None):
-                os.close(fd)
+            self.cards.remove(name)
+            for file in f"interface:{name.removeprefix('net')}", f"disk:{name}":
+                if fd := self.files.pop(file, None):
+                    os.close(fd)
             for client in list(self.subscribers):
                 self.send(client, {"event": {"type": "device-removed", "name": self.config.name, "device": request["device"]}})
         return {"device": request["device"]}

@@ -240,7 +240,7 @@ class LetGo:
         config = DomainConfig.from_dict({"name": "ann", "memory": 64 << 20, "interfaces": [
             {"index": 0, "type": "network", "source": "default", "mac": ANN, "filter": "clean-traffic"}]})
         self.domain: Any = SimpleNamespace(name="ann", uuid="", id=1, paths=None, live=config, notify=Mock(),
-                                           record=SimpleNamespace(taps={"0": "vnet0"}, save=Mock()))
+                                           record=SimpleNamespace(taps={"0": "vnet0"}, disks=[], save=Mock()))
         place.domains["ann"] = self.domain
 
     async def say(self):

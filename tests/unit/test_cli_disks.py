@@ -1,10 +1,10 @@
-"""blockresize, domblkerror, domblkinfo and domblkstat: what they ask the daemon for, and virsh's words and columns."""
+"""The verbs of disks: what they ask the daemon for, and virsh's words and columns."""
 import json
 
 import pytest
 
 from kvmapp.cli.disks import COUNTERS
-from kvmapp.errors import GuestImageError
+from kvmapp.errors import GuestImageError, UsageError
 from tests.unit.canned_daemon import domain, stats
 
 GIB = 1 << 30
@@ -79,3 +79,29 @@ def test_domblkstat(daemon, ctl):
     assert "invalid path vdx" in ctl("domblkstat", "linuxvm01", "vdx")[2]
     daemon.answers["GET", "/v1/domains/linuxvm01/stats"] = stats("linuxvm01", None)
     assert ctl("domblkstat", "linuxvm01", "vda")[2].endswith("error: Requested operation is not valid: domain is not running\n")
+
+
+@pytest.mark.parametrize(("words", "body"), [
+    (["/data/y.img", "vdb"], {"name": "vdb", "settings": {"source": "/data/y.img"}}),
+    (["/data/y.img", "vdb", "--cache", "none", "--io=threads", "--serial", "Y", "--mode", "readonly", "--targetbus", "virtio",
+      "--subdriver", "raw", "--live"],
+     {"name": "vdb", "settings": {"source": "/data/y.img", "bus": "virtio", "format": "raw", "cache": "none", "io": "threads",
+                                  "serial": "Y", "readonly": "yes"}, "live": True}),
+    (["--source", "/data/../y.img", "--target", "vdb", "--persistent"],
+     {"name": "vdb", "settings": {"source": "/y.img"}, "persistent": True})])
+def test_attach_disk(daemon, ctl, words, body):
+    assert ctl("attach-disk", "linuxvm01", *words) == (0, "Disk attached successfully\n\n", "")
+    assert daemon.requests[-1] == ("POST", "/v1/domains/linuxvm01/disks", body)
+
+
+def test_attach_disk_by_a_path_from_here(daemon, ctl, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ctl("attach-disk", "linuxvm01", "y.img", "vdb", "--config")
+    assert daemon.requests[-1][2] == {"name": "vdb", "settings": {"source": f"{tmp_path}/y.img"}, "config": True}
+
+
+def test_detach_disk(daemon, ctl):
+    assert ctl("detach-disk", "linuxvm01", "vdb", "--live", "--config") == (0, "Disk detached successfully\n\n", "")
+    assert daemon.requests[-1] == ("POST", "/v1/domains/linuxvm01/disks/detach", {"disk": "vdb", "live": True, "config": True})
+    daemon.answers["POST", "/v1/domains/linuxvm01/disks/detach"] = UsageError("No disk found whose source path or target is vdb")
+    assert ctl("detach-disk", "linuxvm01", "vdb")[2] == "error: No disk found whose source path or target is vdb\n"

@@ -58,20 +58,21 @@ def test_a_disk_is_resized_while_the_machine_stands_still(domain, running):
     machine, domain.log = domain.machine, [].append
     machine.pause = lambda: setattr(machine, "running", False)
     machine.resume = lambda: setattr(machine, "running", True)
-    machine.running, domain.require, domain.config = running, lambda *_states: None, SimpleNamespace(disks=[SimpleNamespace(name="vda")])
-    disk = machine.cards["vda"] = SimpleNamespace(device=Disk(machine))
+    machine.running, domain.require = running, lambda *_states: None
+    disk = Disk(machine)
+    machine.disks = lambda: {"vda": disk}
     request = {"device": "vda", "bytes": 512, "shrink": True}
     assert domain.verb_resize_disk(None, request) == {"device": "vda", "bytes": 512}
     assert domain.verb_resize_disk(None, {**request, "bytes": None, "shrink": False}) == {"device": "vda", "bytes": 1024}
     with pytest.raises(GuestImageError):
         domain.verb_resize_disk(None, {**request, "bytes": 7})
-    assert disk.device.asked == [(512, True), (None, False), (7, True)] and machine.running is running
+    assert disk.asked == [(512, True), (None, False), (7, True)] and machine.running is running
     for change in {"device": 1}, {"bytes": "1"}, {"bytes": True}, {"bytes": 1.0}, {"shrink": 1}, {"shrink": None}:
         with pytest.raises(BadRequest, match=f"'{min(change)}' is"):
             domain.verb_resize_disk(None, {**request, **change})
     with pytest.raises(DeviceNotFound, match="Domain 'web' has no disk 'net0'"):
         domain.verb_resize_disk(None, {**request, "device": "net0"})
-    assert len(disk.device.asked) == 3
+    assert len(disk.asked) == 3
 
 
 class PluggedIn(Exception):

@@ -2,7 +2,7 @@
 seconds, and a domain that was stalled is none that does not answer.
 """
 from kvmapp import fileserver
-from kvmapp.daemon import actions, cardverbs, dnsmasq, starting, store, supervisor
+from kvmapp.daemon import actions, diskverbs, dnsmasq, plugging, starting, store, supervisor
 from kvmapp.daemon.main import main
 from kvmapp.daemon.process import DomainProcess
 
@@ -19,7 +19,8 @@ async def ask_patiently(process, verb, timeout=LONG, **more):
 ask = DomainProcess.ask
 DomainProcess.ask = ask_patiently                       # type: ignore[method-assign, assignment]
 store.SETTLED = STILL
-for module, name in ((actions, "DESTROY_GRACE"), (actions, "DESTROY_TIMEOUT"), (cardverbs, "ATTACH_TIMEOUT"), (cardverbs, "EJECT_PATIENCE"),
-                     (dnsmasq, "STOP_PATIENCE"), (fileserver, "PATIENCE"), (starting, "LAST_WORDS"), (supervisor, "STATUS_GRACE")):
+for module, name in ((actions, "DESTROY_GRACE"), (actions, "DESTROY_TIMEOUT"), (diskverbs, "PATIENCE"), (dnsmasq, "STOP_PATIENCE"),
+                     (plugging, "ATTACH_TIMEOUT"), (plugging, "EJECT_PATIENCE"), (fileserver, "PATIENCE"),
+                     (starting, "LAST_WORDS"), (supervisor, "STATUS_GRACE")):
     assert hasattr(module, name)
     setattr(module, name, LONG)

@@ -1,4 +1,4 @@
-"""Disks that become larger while the domain runs, and what domblkinfo tells of them."""
+"""Disks that come, go and become larger, of the file and of the running domain, and what domblkinfo tells of them."""
 import asyncio
 import json
 import os
@@ -12,6 +12,7 @@ import pytest
 from kvmapp import errors
 from kvmapp.config import DomainConfig
 from kvmapp.daemon import diskverbs
+from kvmapp.imagefile import open_image
 from tests.smalldisk import sparse
 
 MIB = 1 << 20
@@ -21,6 +22,130 @@ def with_disk(host, *behaviour, more=""):
     image = sparse(Path(host.root, "disk.img"), 4 * MIB)
     host.add("web", *behaviour, rest=f"[disk vda]\nsource = {image}\n{more}")
     return image
+
+
+def image(host, name):
+    return str(sparse(Path(host.root, f"{name}.img"), MIB))
+
+
+def disks(host, inactive=False, name="web"):
+    return {disk["name"]: disk["source"] for disk in host.get(name, "config", inactive=int(inactive))["config"]["disks"]}
+
+
+def test_a_disk_is_attached_to_the_file_to_the_running_domain_or_both(host):
+    host.start()
+    a, b, c, d = (image(host, name) for name in "abcd")
+    with_disk(host)
+    host.post("web", "disks", name="vdb", settings={"source": a, "serial": "A", "readonly": ""})
+    assert list(disks(host)) == ["vda", "vdb"]
+    assert f"[disk vdb]\nsource = {a}\nserial = A\n" in host.file("web").read_text()
+    host.post("web", "start")
+    host.post("web", "disks", name="vdc", settings={"source": b})
+    assert disks(host)["vdc"] == b and "vdc" not in disks(host, inactive=True)
+    host.post("web", "disks", name="vdd", settings={"source": c}, persistent=True)
+    assert all(disks(host, inactive)["vdd"] == c for inactive in (False, True))
+    host.post("web", "disks", name="vde", settings={"source": d}, config=True)
+    assert "vde" not in disks(host) and disks(host, inactive=True)["vde"] == d
+    assert [disk["name"] for disk in host.domain("web")["disks"]] == ["vda", "vdb", "vdc", "vdd"]
+    host.kill()
+    host.start()
+    assert list(disks(host)) == ["vda", "vdb", "vdc", "vdd"], "the next daemon knows of them"
+
+
+def test_the_domain_gets_the_file_open_and_locked(running):
+    with_disk(running)
+    running.post("web", "start")
+    source = image(running, "b")
+    running.post("web", "disks", name="vdb", settings={"source": source})
+    assert f" {source}" in "".join(f" {path}" for path in running.told("web", "test-identity")["fds"])
+    with pytest.raises(errors.GuestImageError, match="it is being used by"):
+        os.close(open_image("vdb", source))
+    running.add("other", rest=f"[disk vda]\nsource = {source}\n")
+    with pytest.raises(errors.GuestImageError, match="it is disk 'vdb' of domain 'web', which runs"):
+        running.post("other", "start")
+    running.post("web", "disks", "detach", disk="vdb")
+    os.close(open_image("vdb", source))
+    assert running.records()["web"]["disks"] and running.post("other", "start")["domain"]["state"] == "running"
+    with pytest.raises(errors.GuestImageError, match="it is disk 'vda' of domain 'other', which runs"):
+        running.post("web", "disks", name="vdb", settings={"source": source})
+    assert list(disks(running)) == ["vda"]
+
+
+def test_a_disk_is_detached_when_the_guest_has_let_go(running):
+    with_disk(running)
+    b = image(running, "b")
+    for name, where in (("vdb", "target"), ("vdb", "source")):
+        running.post("web", "disks", name=name, settings={"source": b})
+        running.post("web", "start")
+        assert running.post("web", "disks", "detach", disk=name if where == "target" else b, persistent=True)["warnings"] == []
+        assert list(disks(running)) == ["vda"] and "vdb" not in running.file("web").read_text() and os.path.exists(b)
+        running.post("web", "destroy")
+    with pytest.raises(errors.UsageError, match="No disk found whose source path or target is vdb") as caught:
+        running.post("web", "disks", "detach", disk="vdb")
+    assert caught.value.hint == "it has: vda; see kvmappctl domblklist web"
+    running.post("web", "disks", "detach", disk="vda")
+    assert disks(running) == {}
+
+
+def test_a_disk_of_the_running_domain_alone_is_not_taken_out_of_the_file(running):
+    with_disk(running)
+    running.post("web", "start")
+    running.post("web", "disks", name="vdb", settings={"source": image(running, "b")})
+    with pytest.raises(errors.UsageError, match="target is vdb in the domain's file"):
+        running.post("web", "disks", "detach", disk="vdb", persistent=True)
+    assert list(disks(running)) == ["vda", "vdb"]
+
+
+def test_a_disk_that_goes_while_no_daemon_hears_of_it_is_gone_for_the_next_one(host):
+    host.start()
+    with_disk(host)
+    host.post("web", "disks", name="vdb", settings={"source": image(host, "b")})
+    host.post("web", "start")
+    host.kill()
+    host.told("web", "detach-device", device="vdb")
+    host.start()
+    assert list(disks(host)) == ["vda"] and "vdb" in disks(host, inactive=True)
+    assert [disk[0] for disk in host.records()["web"]["disks"]] == ["vda"]
+
+
+def test_a_guest_that_keeps_its_disk_is_told_of(host):
+    host.patient = False
+    host.start()
+    with_disk(host, "keeps-cards")
+    host.post("web", "start")
+    source = str(Path(host.root, "disk.img"))
+    assert host.post("web", "disks", "detach", disk="vda")["warnings"] == [
+        f"the guest has not let go of disk vda ({source}) yet; a guest without ACPI hotplug never does"]
+    assert list(disks(host)) == ["vda"]
+
+
+@pytest.mark.parametrize(("name", "settings", "error", "words"), [
+    ("vda", {}, errors.NameInUse, "operation failed: target vda already exists"),
+    ("vdb", {"source": "rel.img"}, errors.UsageError, "source is 'rel.img', not an absolute path"),
+    ("vdb", {"source": "/nowhere/x.img"}, errors.GuestImageError, r"Cannot open disk 'vdb' \(/nowhere/x.img\): No such file or directory"),
+    ("vdb", {"source": "/etc"}, errors.GuestImageError, "it is a directory"),
+    ("vdb", {"source": ""}, errors.ConfigError, "source"),
+    ("vdb", {"cache": "what"}, errors.ConfigError, r"\[disk vdb\] cache = 'what': expected"),
+    ("vdb", {"colour": "red"}, errors.ConfigError, "unknown key"),
+    ("sda", {}, errors.ConfigError, "sda"), ("", {}, errors.ConfigError, "disk")])
+def test_what_cannot_be_attached(running, name, settings, error, words):
+    with_disk(running)
+    running.post("web", "start")
+    with pytest.raises(error, match=words):
+        running.post("web", "disks", name=name, settings={"source": image(running, "b"), **settings}, persistent=True)
+    assert list(disks(running)) == list(disks(running, inactive=True)) == ["vda"]
+    assert [disk[0] for disk in running.records()["web"]["disks"]] == ["vda"]
+
+
+@pytest.mark.parametrize(("behaviour", "words"), [("no-hotplug", "no slot is free"), ("old", "Its devices cannot come and go while")])
+def test_a_domain_that_takes_no_disk_gives_its_file_back(running, behaviour, words):
+    with_disk(running, behaviour)
+    running.post("web", "start")
+    source = image(running, "b")
+    with pytest.raises(errors.KvmappError, match=words):
+        running.post("web", "disks", name="vdb", settings={"source": source}, persistent=True)
+    assert list(disks(running)) == list(disks(running, inactive=True)) == ["vda"]
+    os.close(open_image("vdb", source))
 
 
 def asked_of(host):

@@ -1,6 +1,6 @@
-"""From a domain file's [disk] section to a disk: the file is opened, found fit and locked; what is wrong with it is said.
+"""The file or block device of a disk: opened, found fit and locked; what is wrong with it is said.
 
-It runs before privileges are dropped, or is given a descriptor that a privileged process opened and locked.
+By the domain process before it drops its privileges, or by the daemon for a domain that runs.
 """
 from __future__ import annotations
 
@@ -9,14 +9,9 @@ import os
 import pwd
 import stat
 import time
-from typing import TYPE_CHECKING
 
-from kvmapp.block.locks import Locked, holders, lock
-from kvmapp.block.raw import RawDisk
 from kvmapp.errors import GuestImageError
-
-if TYPE_CHECKING:
-    from kvmapp.config import DiskConfig
+from kvmapp.imagelocks import Locked, holders, lock
 
 KINDS = ((stat.S_ISDIR, "a directory"), (stat.S_ISCHR, "a character device"), (stat.S_ISFIFO, "a named pipe"),
          (stat.S_ISSOCK, "a socket"))
@@ -26,18 +21,6 @@ DYING_SECONDS = 2.0
 
 class Claimed(Locked):
     """A block device that somebody has for himself alone: another guest, or the host, which has it mounted or in LVM or RAID."""
-
-
-def open_disk(config: DiskConfig, fd: int | None = None) -> RawDisk:
-    """The disk of this section. `fd`: its file, already opened and locked; taken over. Raises GuestImageError, HostError."""
-    if fd is None:
-        fd = open_image(config.name, config.source, read_only=config.readonly)
-    try:
-        return RawDisk(fd, name=config.name, path=config.source, read_only=config.readonly, cache=config.cache, io=config.io,
-                       discard=config.discard == "unmap")
-    except BaseException:
-        os.close(fd)
-        raise
 
 
 def open_image(name: str, path: str, *, read_only: bool = False, shared: bool = False) -> int:

@@ -1,0 +1,79 @@
+"""What comes and goes while a domain runs: in its file, in the running domain, or in both.
+
+As in virsh, the running domain and its file are two things, and `live` and `config` choose. Both new configurations are checked
+before either is changed; the running domain comes first, for it is what can refuse. `kind` is DomainConfig's attribute: interfaces, disks.
+"""
+from __future__ import annotations
+
+from kvmapp.config import DomainConfig
+from kvmapp.daemon.actions import change_stored, scope
+from kvmapp.daemon.call import Call
+from kvmapp.daemon.domain import Domain, removable
+from kvmapp.errors import Unsupported
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Change = Callable[[list[dict]], list[dict]]         # what becomes of a configuration's sections of one kind
+
+ATTACH_TIMEOUT = 10.0                   # seconds
+EJECT_PATIENCE = 5.0                    # for the guest to let go of a device before the verb answers; a Linux takes a moment
+COME_AND_GO = "Its devices cannot come and go"
+
+
+def chosen(call: Call, domain: Domain) -> tuple[bool, bool]:
+    """`persistent`: what virsh means by it: the file, and the running domain if it runs."""
+    if call.body.get("persistent"):
+        domain.want_persistent()
+        return domain.active, True
+    return scope(call, domain)
+
+
+def configs(domain: Domain, live: bool, config: bool) -> list[DomainConfig]:
+    """The live one first."""
+    found = []
+    if live:
+        domain.want_active()
+        if domain.live is None:
+            raise Unsupported(f"Domain '{domain.name}' was started by another version, which this one does not understand",
+                              "with --config the change takes effect at the next start")
+        found.append(domain.live)
+    return [*found, domain.want_persistent()] if config else found
+
+
+def changed(config: DomainConfig, kind: str, change: Change) -> DomainConfig:
+    return DomainConfig.from_dict({**config.to_dict(), kind: change(sections(config, kind))})
+
+
+def sections(config: DomainConfig, kind: str) -> list[dict]:
+    return [one.to_dict() for one in getattr(config, kind)]
+
+
+def set_live(domain: Domain, config: DomainConfig) -> None:
+    assert domain.record
+    domain.live, domain.record.config = config, config.to_dict()
+    domain.record.save(domain.paths)
+
+
+def change_live(domain: Domain, kind: str, change: Change) -> None:
+    """Of the devices that are there by now: the guest may have let go of one while the verb was at work."""
+    domain.want_active()
+    assert domain.live
+    set_live(domain, changed(domain.live, kind, change))
+
+
+def change_file(call: Call, domain: Domain, kind: str, change: Change) -> None:
+    change_stored(call, domain, lambda stored: {kind: change(sections(stored, kind))})
+
+
+async def plug_in(domain: Domain, files: dict[str, int], **section: dict) -> None:
+    """Hands a device to the domain process, which tells the guest. `files`: what was opened for it; they stay the caller's to close."""
+    await domain.told(domain.want_active().ask_with_files("attach-device", files, ATTACH_TIMEOUT, **section), COME_AND_GO)
+
+
+async def unplug(domain: Domain, device: str, what: str, warnings: list[str]) -> None:
+    """Asks the guest for it; what else there is to do is done when the guest has let go (Cards.removed)."""
+    await domain.told(domain.want_active().ask("detach-device", device=device), COME_AND_GO)
+    if not await domain.wait_until(lambda: device not in removable(domain.live), EJECT_PATIENCE):
+        warnings.append(f"the guest has not let go of {what} yet; a guest without ACPI hotplug never does")
