@@ -135,12 +135,13 @@ def test_stock_guests_on_the_default_network(daemon, outside, start, root_disk):
     os.truncate(more, 64 << 20)
     for _ in range(2):
         ctl("attach-disk", "ann", str(more), "vdb", "--serial", "MORE")
-        ann.run("until [ -b /dev/disk/by-id/virtio-MORE ]; do sleep 0.1; done")
-        ann.run("blkid /dev/disk/by-id/virtio-MORE || mkfs.ext4 -q /dev/disk/by-id/virtio-MORE")
-        ann.run("mount /dev/disk/by-id/virtio-MORE /mnt && date >>/mnt/times && umount /mnt")
+        ann.run("until [ -b /dev/vdb ]; do sleep 0.1; done")
+        assert ann.run("cat /sys/block/vdb/serial").strip() == "MORE"
+        ann.run("mount /dev/vdb /mnt || { mkfs.ext4 -q /dev/vdb && mount /dev/vdb /mnt; }")
+        ann.run("date >>/mnt/times && umount /mnt")
         ctl("detach-disk", "ann", "vdb")
         assert "vdb" not in ctl("domblklist", "ann")
-        ann.run("until ! [ -e /dev/disk/by-id/virtio-MORE ]; do sleep 0.1; done")
+        ann.run("until ! [ -e /sys/block/vdb ]; do sleep 0.1; done")
     assert host("debugfs", "-R", "cat times", str(more)).count("\n") == 2
 
     for name in ("ann", "bob"):
