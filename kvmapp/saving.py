@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class SaveGivenUp(KvmappError):
-    """The domain was destroyed, or whoever wanted it saved went away."""
+    """The domain was destroyed, or whoever wanted it saved went away or thought better of it."""
     code = "save-given-up"
 
 
@@ -37,7 +37,7 @@ class Saving:
         so when it is restored; `config`: to be written in the place of the machine's. Raises KvmappError."""
         self.machine, self.loop, self.done, self.path = machine, loop, done, path
         self.written = 0                # bytes of memory, for queries
-        self.given_up = False
+        self.given_up = self.cancelled = self.published = False
         self.draft = statefile.Draft(path) if path else None
         self.fd = self.draft.fd if self.draft else fd
         try:
@@ -60,6 +60,10 @@ class Saving:
         self.thread.join()
         self.close()
 
+    def cancel(self) -> None:
+        """It ends with an error as soon as the thread comes to see it, which a file server that hangs may put off."""
+        self.cancelled = True
+
     def close(self) -> None:
         """Closes the file; a path that was not published leaves nothing behind. A second call does nothing."""
         if self.draft:
@@ -75,15 +79,20 @@ class Saving:
         try:
             snapshot.flush_disks(self.machine)
             statefile.write(self.fd, self.config, self.state, self.machine.memory, self.progress)
+            self.check()
             if self.draft:
                 self.draft.publish()
+                self.published = True
         except KvmappError as failure:
             error = failure
         self.loop.call(lambda: self.finish(error))
 
     def progress(self, done: int) -> None:
         self.written = done
-        if self.given_up:
+        self.check()
+
+    def check(self) -> None:
+        if self.given_up or self.cancelled:
             raise SaveGivenUp("The saving was given up")
 
     # In the control thread again.
@@ -92,4 +101,6 @@ class Saving:
         if not self.given_up:
             self.thread.join()
             self.close()
+            if self.cancelled and not self.published:   # perhaps after the thread had looked the last time
+                error = error or SaveGivenUp("The saving was given up")
             self.done(error)

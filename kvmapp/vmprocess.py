@@ -319,6 +319,16 @@ class Domain(DeviceVerbs):
         self.loop.call(lambda: self.end(Ending("saved", "saved", EXIT_SAVED)))
         return {}
 
+    def verb_save_cancel(self, connection, _request) -> dict:
+        """It is not to be saved, though that is under way: the guest goes on, as soon as nothing is written any more."""
+        self.require("saving")
+        connection.on_close = None
+        if self.saving:
+            self.saving.cancel()
+        else:
+            self.save_undone(None)
+        return {}
+
     def verb_save_undo(self, connection, _request) -> dict:
         """The file did not get its name: the guest goes on."""
         if self.state != "saving" or self.saving:

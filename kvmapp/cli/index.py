@@ -16,7 +16,7 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         "lifecycle": ("autostart", "autostart-stop", "destroy", "reboot", "reset", "resume", "shutdown", "start", "suspend", "wait"),
         "definition": ("create", "define", "desc", "domrename", "dumpconf", "dumpxml", "undefine"),
         "editing": ("edit",),
-        "saving": ("managedsave", "managedsave-remove", "restore", "save"),
+        "saving": ("domjobabort", "managedsave", "managedsave-remove", "restore", "save"),
         "identity": ("domid", "domname", "domuuid"),
         "resources": ("setmaxmem", "setmem", "setvcpus", "vcpucount", "vcpuinfo"),
         "tuning": ("emulatorpin", "memtune", "numatune", "schedinfo", "vcpupin"),

@@ -46,7 +46,8 @@ LATE = ("kvmapp.cli.uri", "kvmapp.cli.help", "kvmapp.settings", "difflib", "sign
 MODULES = ("addresses", "host", "identity", "lifecycle", "listing", "monitor", "resources", "stats")
 NETWORK = ("net-autostart", "net-destroy", "net-dhcp-leases", "net-dumpconf", "net-info", "net-list", "net-name", "net-start",
            "net-undefine", "net-uuid")
-VERBS = frozenset(name for name, module in index.MODULES.items() if module in MODULES) | {*NETWORK, "undefine", "dumpconf", "domrename"}
+VERBS = frozenset(name for name, module in index.MODULES.items() if module in MODULES) | {
+    *NETWORK, "undefine", "dumpconf", "domrename", "domblkerror", "domblkinfo", "domblkstat"}
 
 
 def main(words: list[str]) -> int:

@@ -1,10 +1,18 @@
-"""A running domain into a file and back: save, restore, managedsave, managedsave-remove."""
+"""A running domain into a file and back: save, restore, managedsave, managedsave-remove; and domjobabort."""
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager, suppress
 
 from kvmapp.cli.table import argument, domain, flag, verb
 from kvmapp.client import of
+from kvmapp.errors import KvmappError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kvmapp.cli.session import Session
 
 RUNNING = flag("running", "let it run when it comes back, though it is paused now")
 PAUSED = flag("paused", "let it be paused when it comes back")
@@ -14,10 +22,10 @@ VERBOSE = flag("verbose", "accepted for virsh's sake: how far it is, is always s
 @verb("save", "save a domain that runs to a file, and end it", domain(complete="active"),
       argument("file", "where to", complete="file"), RUNNING, PAUSED, VERBOSE, exclusive=(("running", "paused"),),
       text="The guest's memory and the state of its devices go to the file; restore goes on from there. Its disks must not change in "
-           "between. If the file cannot be written, the guest goes on as if nothing had been.",
+           "between. If the file cannot be written, the guest goes on as if nothing had been; so it does after a Ctrl-C.",
       failure="Failed to save domain '{domain}' to {file}")
 def save(session, given):
-    with session.wait_with(f"saving {given.domain}", given.domain):
+    with saving(session, given.domain):
         changed = session.daemon.post(of(given.domain, "save"), file=os.path.abspath(given.file), **as_asked(given))
     session.done(changed, f"\nDomain '{changed['domain']['name']}' saved to {given.file}")
 
@@ -39,7 +47,7 @@ def restore(session, given):
       exclusive=(("running", "paused"),),
       failure="Failed to save domain '{domain}' state")
 def managedsave(session, given):
-    with session.wait_with(f"saving {given.domain}", given.domain):
+    with saving(session, given.domain):
         changed = session.daemon.post(of(given.domain, "managedsave"), **as_asked(given))
     session.done(changed, f"\nDomain '{changed['domain']['name']}' state saved by kvmapp")
 
@@ -51,6 +59,25 @@ def managedsave_remove(session, given):
     name = changed["domain"]["name"]
     session.done(changed, f"Removed managedsave image for domain '{name}'" if changed["removed"]
                  else f"Domain '{name}' has no manage save image; removal skipped")
+
+
+@verb("domjobabort", "end the job that holds a domain", domain(),
+      text="That is one that saves it: its guest goes on as if nothing had been. Of any other job, destroy is the end.")
+def domjobabort(session, given):
+    session.done(session.daemon.post(of(given.domain, "job", "abort")), "")
+
+
+@contextmanager
+def saving(session: Session, name: str) -> Iterator[None]:
+    """As virsh has it, who hits Ctrl-C does not want it any more."""
+    try:
+        with session.wait_with(f"saving {name}", name):
+            yield
+    except KeyboardInterrupt:
+        session.disconnect()                # that connection waits for the answer
+        with suppress(KvmappError):
+            session.daemon.post(of(name, "job", "abort"))
+        raise
 
 
 def as_asked(given) -> dict[str, bool]:

@@ -4,7 +4,8 @@
         job.progress = "opening disks"
 
 It is released when the block ends, however it ends, so a job that dies leaves nothing behind. `destroy` is not kept out by a
-job: it breaks the one that is there. Left out: a queue. Who comes second decides himself whether to come again.
+job: it breaks the one that is there. One that leaves the domain as it was when it is broken is `abortable`. Left out: a queue. Who comes
+second decides himself whether to come again.
 """
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import asyncio
 import time
 from contextlib import contextmanager
 
-from kvmapp.errors import JobRunning, KvmappError
+from kvmapp.errors import JobRunning, KvmappError, WrongState
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class JobBroken(KvmappError):
-    """The job was ended by a destroy."""
+    """The job was ended by a destroy, or by domjobabort."""
     code = "job-broken"
 
 
 class Job:
-    __slots__ = ("begun", "broken_by", "progress", "released", "since", "task", "verb", "who")
+    __slots__ = ("abortable", "aborted", "begun", "broken_by", "progress", "released", "since", "task", "verb", "who")
 
     def __init__(self, verb: str, who: str):
         self.verb, self.who = verb, who
@@ -33,6 +34,7 @@ class Job:
         self.begun = time.monotonic()
         self.progress: str | None = None
         self.broken_by: str | None = None
+        self.abortable = self.aborted = False
         self.task = asyncio.current_task()
         self.released = asyncio.Event()
 
@@ -60,7 +62,8 @@ class Jobs:
         except asyncio.CancelledError:
             if job.broken_by is None:
                 raise
-            raise JobBroken(f"Cannot {verb} domain '{self.domain}': it was destroyed meanwhile by {job.broken_by}") from None
+            what = "that was aborted" if job.aborted else "it was destroyed meanwhile"
+            raise JobBroken(f"Cannot {verb} domain '{self.domain}': {what} by {job.broken_by}") from None
         finally:
             self.current = None
             job.released.set()
@@ -71,8 +74,23 @@ class Jobs:
         progress = f", {job.progress}" if job.progress else ""
         return JobRunning(f"Cannot {verb} domain '{self.domain}': job '{job.verb}' of {job.who} holds it since {clock} "
                           f"({time.monotonic() - job.begun:.0f} s{progress})",
-                          f"wait for it, or end the domain with: kvmappctl destroy {self.domain}",
+                          f"wait for it, or end {self.end_of(job)}",
                           verb=job.verb, who=job.who, since=job.since)
+
+    def end_of(self, job: Job) -> str:
+        return f"it with: kvmappctl domjobabort {self.domain}" if job.abortable else f"the domain with: kvmappctl destroy {self.domain}"
+
+    async def abort(self, who: str) -> None:
+        """Ends the job that is there, and the domain is as it was before. Raises WrongState where that cannot be."""
+        job = self.current
+        if job is None or job.task is None:
+            raise WrongState("Requested operation is not valid: no job is active on the domain")
+        if not job.abortable:
+            raise WrongState(f"Requested operation is not valid: job '{job.verb}' of {job.who} cannot be aborted",
+                             f"wait for it, or end {self.end_of(job)}")
+        job.broken_by, job.aborted = who, True
+        job.task.cancel()
+        await job.released.wait()
 
     async def break_current(self, who: str) -> None:
         """Ends the job that is there, and one that takes its place meanwhile; whoever awaits this can hold the place at once."""

@@ -62,6 +62,7 @@ ROUTES = (
     Route("POST", ONE + "/managedsave", "managed_save", "Changed", "Save it and end it; its next start goes on from there.",
           request=shapes.MANAGED_SAVE),
     Route("POST", ONE + "/managedsave-remove", "managed_save_remove", "SaveRemoved", "Give its managed save up."),
+    Route("POST", ONE + "/job/abort", "abort_job", "Changed", "End the save that holds it; its guest goes on: domjobabort."),
     Route("POST", "/v1/restore", "restore", "Changed", "Go on with a domain from the file it was saved to.", request=shapes.RESTORE),
     Route("POST", ONE + "/autostart", "autostart", "Changed", "Mark it to be started with the host, or not.",
           request=shapes.AUTOSTART_SET),

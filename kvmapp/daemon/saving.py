@@ -1,4 +1,4 @@
-"""save, restore, managedsave: a running domain into a file and back (statefile.py has the format, saving.py the domain's side).
+"""save, restore, managedsave: a running domain into a file and back (statefile.py has the format, saving.py the domain's side); abort.
 
 The file is opened here, as root, and written by the domain process through that descriptor. It gets its name when all is written
 and synced, and only then the domain ends; whatever fails before, the guest goes on. A managed save lies in STATE/save/NAME.save:
@@ -46,6 +46,12 @@ async def managed_save(call: Call) -> dict:
                           f"kvmappctl save {domain.name} FILE saves it to a file of yours")
     with domain.jobs.hold("managedsave", call.who) as job:
         await write(paths, domain, paths.managed_save(domain.name), job, call.body)
+    return call.changed(domain)
+
+
+async def abort_job(call: Call) -> dict:
+    domain = call.domain()
+    await domain.jobs.abort(call.who)
     return call.changed(domain)
 
 
@@ -105,12 +111,19 @@ async def write(paths: Paths, domain: Domain, path: str, job: Job, body: dict) -
     """Saves the active domain and ends it; with `paused` or without, as the body has it. Raises KvmappError; then it goes on."""
     process = domain.want_active()
     job.progress = "writing its memory"
+    job.abortable = not domain.outdated                 # an older version's process may know nothing of that
     async with new_file(path) as draft:
         paused = {"paused": body["paused"]} if "paused" in body else {}
         try:
             await process.ask("save", None, fd=draft.fd, config=vouched(paths, domain), **paused)
         except StateError:                              # the guest has just let go of a card, which we know by now as well
             await process.ask("save", None, fd=draft.fd, config=vouched(paths, domain), **paused)
+        except asyncio.CancelledError:
+            if job.aborted:
+                with suppress(KvmappError):             # it had not begun
+                    await process.ask("save-cancel")
+            raise
+        job.abortable = False
         job.progress = "giving the file its name"
         try:
             await in_own_thread(draft.publish)

@@ -1,6 +1,8 @@
 """save, restore and managedsave through the daemon, with true guests that count."""
 import os
 import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,34 @@ def test_managed_save_given_up(host, daemon):
     daemon.post(of("a", "start"))
     reach(host, len(host.counts("a")) + 1)
     assert host.counts("a")[-1] < len(host.counts("a"))                # it counts from 1 again
+
+
+@pytest.mark.parametrize("verb", ["save", "managedsave"])
+def test_a_save_that_is_aborted_leaves_the_guest_running(host, daemon, verb):
+    path = Path(host.root, "a.save")
+    with pytest.raises(errors.WrongState, match="no job is active on the domain"):
+        daemon.post(of("a", "job", "abort"))
+    pid = host.domain("a")["pid"]
+    os.kill(pid, signal.SIGSTOP)                        # so that it hears of both at once
+    with ThreadPoolExecutor() as clients:
+        try:
+            saved = clients.submit(host.post, "a", verb, **{"file": str(path)} if verb == "save" else {})
+            host.eventually(lambda: (host.domain("a")["job"] or {}).get("progress") == "writing its memory")
+            with pytest.raises(errors.JobRunning) as caught:
+                daemon.post(of("a", "suspend"))
+            assert caught.value.hint == "wait for it, or end it with: kvmappctl domjobabort a"
+            aborted = clients.submit(host.post, "a", "job/abort")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert aborted.result()["warnings"] == []
+        with pytest.raises(errors.KvmappError, match=f"Cannot {verb} domain 'a': that was aborted by root"):
+            saved.result()
+    host.eventually(lambda: host.domain("a")["state"] == "running")
+    reach(host, len(host.counts("a")) + 3)
+    one = host.domain("a")
+    assert goes_on_by_one(host) and one["pid"] == pid and not one["managed_save"] and one["job"] is None
+    assert not path.exists() and not [name for name in os.listdir(host.root) if "a.save" in name]
+    daemon.post(of("a", "save"), file=str(path))
 
 
 def test_a_damaged_image_is_not_started_and_says_the_way_out(host, daemon):

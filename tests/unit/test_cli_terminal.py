@@ -14,7 +14,7 @@ import pytest
 from kvmapp.cli import complete
 from kvmapp.cli.complete import candidates, candidates_of_line
 from kvmapp.cli.session import Session
-from kvmapp.errors import ConfigError
+from kvmapp.errors import ConfigError, KvmappError
 from tests.kvmappctl import KVMAPPCTL
 from tests.unit.canned_daemon import UUID, CannedDaemon, domain, stats
 from tests.unit.terminal import OnTerminal
@@ -115,8 +115,8 @@ def session(daemon, monkeypatch):
 
 @pytest.mark.parametrize(("words", "current", "expected"), [
     ([], "dom", ["domblkerror", "domblkinfo", "domblklist", "domblkstat", "domid", "domif-getlink", "domif-setlink", "domifaddr",
-                 "domiflist", "domifstat", "domiftune", "dominfo", "domjobinfo", "domlog", "dommemstat", "domname", "domrename",
-                 "domstate", "domstats", "domuuid"]),
+                 "domiflist", "domifstat", "domiftune", "dominfo", "domjobabort", "domjobinfo", "domlog", "dommemstat", "domname",
+                 "domrename", "domstate", "domstats", "domuuid"]),
     (["start"], "", ["linuxvm02"]), (["destroy"], "", ["linuxvm01", "web"]), (["dominfo"], "w", ["web"]),
     (["start", "linuxvm02"], "", []), (["start", "linuxvm02"], "--p", ["--paused"]), (["start", "--paused"], "--p", []),
     (["start", "--domain"], "l", ["linuxvm02"]), (["domstats", "web"], "l", ["linuxvm01", "linuxvm02"]),
@@ -377,6 +377,26 @@ def test_who_leaves_at_the_question_is_told_where_the_text_is(terminal, daemon):
         kept = Path(screen.expect("\r\n").strip())
         assert kept.read_text() == "vcpus = 900\n" and screen.status() == 1
     kept.unlink()
+
+
+@pytest.mark.parametrize("words", [["managedsave", "linuxvm01"], ["save", "linuxvm01", "/x.save"]])
+def test_an_interrupt_ends_the_saving(terminal, daemon, words):
+    begun, ended = threading.Event(), threading.Event()
+
+    def save(*_):
+        begun.set()
+        assert ended.wait(60)
+        raise KvmappError("that was aborted")
+
+    def abort(*_):
+        ended.set()
+        return {"domain": daemon.domains["linuxvm01"], "warnings": []}
+    daemon.answers["POST", f"/v1/domains/linuxvm01/{words[0]}"] = save
+    daemon.answers["POST", "/v1/domains/linuxvm01/job/abort"] = abort
+    with terminal(*words) as screen:
+        assert begun.wait(60)
+        screen.type("\x03")
+        assert ended.wait(60) and screen.status() == 130
 
 
 def test_top_on_a_terminal(terminal, daemon):

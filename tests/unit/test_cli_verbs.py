@@ -97,6 +97,7 @@ SAID = {
     "destroy linuxvm01 --graceful": ("Domain linuxvm01 destroyed", "destroy", {"graceful": True}),
     "suspend linuxvm01": ("Domain linuxvm01 suspended", "suspend", {}),
     "resume linuxvm02": ("Domain linuxvm02 resumed", "resume", {}),
+    "domjobabort linuxvm01": ("", "job/abort", {}),
     "save linuxvm01 /x.save": ("\nDomain 'linuxvm01' saved to /x.save", "save", {"file": "/x.save"}),
     "save linuxvm01 /x.save --running": ("\nDomain 'linuxvm01' saved to /x.save", "save", {"file": "/x.save", "paused": False}),
     "managedsave linuxvm01 --paused --verbose": ("\nDomain 'linuxvm01' state saved by kvmapp", "managedsave", {"paused": True}),

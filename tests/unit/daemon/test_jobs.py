@@ -7,6 +7,7 @@ import pytest
 
 from kvmapp.daemon.jobs import JobBroken, Jobs
 from kvmapp.daemon.starting import attempt
+from kvmapp.errors import WrongState
 
 
 def test_a_job_that_comes_when_another_is_broken_is_broken_too():
@@ -29,6 +30,34 @@ def test_a_job_that_comes_when_another_is_broken_is_broken_too():
         for one in works:
             one.cancel()
     asyncio.run(scenario())
+
+
+def test_only_what_leaves_the_domain_as_it_was_is_aborted():
+    jobs = Jobs("web", lambda job, begins: None)
+
+    async def work(verb, abortable):
+        with jobs.hold(verb, "ann") as job:
+            job.abortable = abortable
+            await asyncio.sleep(60)
+
+    async def story():
+        with pytest.raises(WrongState, match="no job is active on the domain"):
+            await jobs.abort("bob")
+        start = asyncio.create_task(work("start", False))
+        await asyncio.sleep(0)
+        with pytest.raises(WrongState, match="job 'start' of ann cannot be aborted") as caught:
+            await jobs.abort("bob")
+        assert caught.value.hint == "wait for it, or end the domain with: kvmappctl destroy web"
+        start.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await start
+        save = asyncio.create_task(work("save", True))
+        await asyncio.sleep(0)
+        await jobs.abort("bob")
+        assert jobs.current is None
+        with pytest.raises(JobBroken, match="Cannot save domain 'web': that was aborted by bob"):
+            await save
+    asyncio.run(story())
 
 
 def test_a_start_that_is_broken_twice_is_undone_to_its_end():
