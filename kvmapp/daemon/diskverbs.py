@@ -47,7 +47,7 @@ async def disk_attach(call: Call) -> dict:
             return [*disks, {"name": name, **settings}]
         after = [changed(one, DISKS, add) for one in targets]
         if live:
-            await plug(call, domain, after[0].disks[-1])
+            await plug(call, domain, next(disk for disk in after[0].disks if disk.name == name))
             change_live(domain, DISKS, add)
         if config:
             change_file(call, domain, DISKS, add)
