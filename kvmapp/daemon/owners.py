@@ -1,7 +1,8 @@
 """Whose the addresses of a virtual network are, as its cards' filters go by them: a [host]'s, and those that it lends.
 
 What a guest was lent stays its own when the lease has run out (a guest that was paused or saved goes on with it) until another MAC
-has it. The next daemon finds that noted beside the network's other files.
+has it, or it was lent many more since: a guest may ask for one after the other of a wide range. The next daemon finds that noted beside
+the network's other files.
 """
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from kvmapp.daemon.network import Network
 
+MOST_FORMER = 16                        # addresses of one MAC that are lent no more
 log = logging.getLogger("kvmapp")
 
 
@@ -37,6 +39,10 @@ class Owners:
         if changed:
             there = rivals()
             self.holders.update({address: holder for address, holder in changed.items() if self.holders.get(address) not in there})
+        for former in by_mac({address: holder for address, holder in self.holders.items() if address not in leases}).values():
+            if len(former) > MOST_FORMER:
+                for address in [one for one in self.holders if one in former][:-MOST_FORMER]:
+                    del self.holders[address]
         if network.active and self.holders != self.noted:       # what is about to stop has no files any more
             self.note(network)
         self.fixed = by_mac(fixed)

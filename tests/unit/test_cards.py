@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import pytest
 
 from kvmapp.config import DomainConfig
-from kvmapp.daemon import cardfilter, cards, dnsmasq, ports
+from kvmapp.daemon import cardfilter, cards, dnsmasq, owners, ports
 from kvmapp.daemon.network import ACTIVE, STOPPING, Network
 from kvmapp.hostconfig import NetworkConfig
 
@@ -87,6 +87,20 @@ def test_an_address_stays_a_guests_own_until_another_has_it(monkeypatch, tmp_pat
     place.network.live, place.network.since = NetworkConfig.from_dict(LIVE), 2.0
     place.lend({})
     assert place.own(BOB) == set(), "a network that was started anew may have other ranges"
+
+
+def test_of_many_addresses_the_last_ones_stay_a_guests_own(monkeypatch, tmp_path):
+    place = Place(monkeypatch, tmp_path)
+    place.lend({"192.168.122.250": BOB})
+    assert place.own(BOB) == {"192.168.122.250"}
+    for number in range(10, 50):
+        place.lend({f"192.168.122.{number}": ANN, f"192.168.122.{number + 100}": ANN})
+        assert {f"192.168.122.{number}", f"192.168.122.{number + 100}"} <= place.own(ANN)
+    place.lend({})
+    assert place.own(ANN) == {f"192.168.122.{number + more}" for number in range(42, 50) for more in (0, 100)}
+    assert place.own(BOB) == {"192.168.122.250"}
+    place.begin_daemon()
+    assert len(place.own(ANN)) == owners.MOST_FORMER
 
 
 def test_the_next_daemon_knows_what_was_lent(monkeypatch, tmp_path):
