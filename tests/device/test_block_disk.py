@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvmapp.block.backend import BlockFlag, BlockOperation
 from kvmapp.block.session import DiskSession
+from kvmapp.errors import GuestImageError
 from tests.device.disks import open_raw, skip_what_the_host_lacks
 
 READ, WRITE, FLUSH, DISCARD, ZEROES = (BlockOperation(number) for number in range(5))
@@ -256,9 +257,9 @@ def test_resize_changes_the_file_and_the_bounds(image, mode):
         disk.resize(MIB)
         assert (disk.size, image.stat().st_size) == (MIB, MIB)
         session.write(MIB - 4096, b"2" * 4096)
-        with pytest.raises(ValueError, match="multiple"):
-            disk.resize(1000)
-        disk.resize(4096)
+        with pytest.raises(GuestImageError, match="multiple"):
+            disk.resize(1000, shrink=True)
+        disk.resize(4096, shrink=True)
         with pytest.raises(OSError, match="out of range"):
             session.read(4096, 512)
         assert session.read(0, 4096) == b"1" * 4096

@@ -164,11 +164,12 @@ def test_it_is_not_saved_without_what_it_could_not_write(small):
     host = small()
     host.write(*range(8))
     host.await_wish()
+    before = len(host.queue.collect())
     with pytest.raises(HostError, match="no room for what it has written to disk 'vda'"):
         host.card.save()
     host.make_room()
     host.card.resume()
-    host.queue.wait(1)
+    host.queue.wait(8 - before)
     host.card.pause()
     host.card.save()
 

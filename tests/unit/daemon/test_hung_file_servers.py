@@ -44,7 +44,7 @@ def test_a_save_that_is_broken_off_is_closed_beside_the_daemons_work(tmp_path, m
 
     async def story():
         jobs = Jobs("web", lambda job, begins: None)
-        domain: Any = SimpleNamespace(name="web", jobs=jobs, live=None, want_active=lambda: SimpleNamespace(ask=never))
+        domain: Any = SimpleNamespace(name="web", jobs=jobs, live=None, outdated=False, want_active=lambda: SimpleNamespace(ask=never))
 
         async def save():
             with jobs.hold("save", "ann") as job:
