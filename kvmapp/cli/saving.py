@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 from kvmapp.cli.table import argument, domain, flag, verb
 from kvmapp.client import of
@@ -25,7 +25,7 @@ VERBOSE = flag("verbose", "accepted for virsh's sake: how far it is, is always s
            "between. If the file cannot be written, the guest goes on as if nothing had been; so it does after a Ctrl-C.",
       failure="Failed to save domain '{domain}' to {file}")
 def save(session, given):
-    with saving(session, given.domain):
+    with abortable(session, f"saving {given.domain}", given.domain):
         changed = session.daemon.post(of(given.domain, "save"), file=os.path.abspath(given.file), **as_asked(given))
     session.done(changed, f"\nDomain '{changed['domain']['name']}' saved to {given.file}")
 
@@ -47,7 +47,7 @@ def restore(session, given):
       exclusive=(("running", "paused"),),
       failure="Failed to save domain '{domain}' state")
 def managedsave(session, given):
-    with saving(session, given.domain):
+    with abortable(session, f"saving {given.domain}", given.domain):
         changed = session.daemon.post(of(given.domain, "managedsave"), **as_asked(given))
     session.done(changed, f"\nDomain '{changed['domain']['name']}' state saved by kvmapp")
 
@@ -62,21 +62,24 @@ def managedsave_remove(session, given):
 
 
 @verb("domjobabort", "end the job that holds a domain", domain(),
-      text="That is one that saves it: its guest goes on as if nothing had been. Of any other job, destroy is the end.")
+      text="That is one that saves it, or waits for the file of a disk to attach: its guest goes on as if nothing had been. Of any other "
+           "job, destroy is the end.")
 def domjobabort(session, given):
     session.done(session.daemon.post(of(given.domain, "job", "abort")), "")
 
 
 @contextmanager
-def saving(session: Session, name: str) -> Iterator[None]:
+def abortable(session: Session, what: str, name: str) -> Iterator[None]:
     """As virsh has it, who hits Ctrl-C does not want it any more."""
     try:
-        with session.wait_with(f"saving {name}", name):
+        with session.wait_with(what, name):
             yield
     except KeyboardInterrupt:
         session.disconnect()                # that connection waits for the answer
-        with suppress(KvmappError):
+        try:
             session.daemon.post(of(name, "job", "abort"))
+        except KvmappError as error:        # it goes on
+            session.complain_of(error, f"It goes on ({what})")
         raise
 
 

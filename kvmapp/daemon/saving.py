@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kvmapp.daemon.supervisor import Supervisor
 
 END_TIMEOUT = 10.0                      # for the process of a saved domain to go
+ABORT_PATIENCE = 10.0                   # for the guest to go on after a save was aborted
 
 
 async def save(call: Call) -> dict:
@@ -50,9 +51,11 @@ async def managed_save(call: Call) -> dict:
 
 
 async def abort_job(call: Call) -> dict:
+    """Answers when the guest goes on, unless that takes long."""
     domain = call.domain()
     await domain.jobs.abort(call.who)
-    return call.changed(domain)
+    goes_on = await domain.wait_until(lambda: domain.state[1] != "saving", ABORT_PATIENCE)
+    return call.changed(domain, [] if goes_on else [f"domain '{domain.name}' stands still until the host has written what is under way"])
 
 
 async def managed_save_remove(call: Call) -> dict:
@@ -115,9 +118,10 @@ async def write(paths: Paths, domain: Domain, path: str, job: Job, body: dict) -
     async with new_file(path) as draft:
         paused = {"paused": body["paused"]} if "paused" in body else {}
         try:
-            await process.ask("save", None, fd=draft.fd, config=vouched(paths, domain), **paused)
-        except StateError:                              # the guest has just let go of a card, which we know by now as well
-            await process.ask("save", None, fd=draft.fd, config=vouched(paths, domain), **paused)
+            try:
+                await process.ask("save", None, fd=draft.fd, config=vouched(paths, domain), **paused)
+            except StateError:                          # the guest has just let go of a card, which we know by now as well
+                await process.ask("save", None, fd=draft.fd, config=vouched(paths, domain), **paused)
         except asyncio.CancelledError:
             if job.aborted:
                 with suppress(KvmappError):             # it had not begun

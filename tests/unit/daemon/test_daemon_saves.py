@@ -13,6 +13,8 @@ import pytest
 from kvmapp import errors, statefile
 from kvmapp.config import read_domain
 from kvmapp.daemon import saving
+from kvmapp.daemon.domain import Domain
+from kvmapp.daemon.jobs import JobBroken, Jobs
 from kvmapp.daemon.paths import Paths
 from kvmapp.daemon.vouching import vouch_for
 from tests.unit.daemon.host import UUID
@@ -202,3 +204,52 @@ def test_a_card_that_goes_as_the_save_begins_costs_a_second_try(tmp_path):
     asyncio.run(saving.write(paths, domain, str(tmp_path / "web.save"), SimpleNamespace(progress=""), {}))   # type: ignore[arg-type]
     assert told == ["first", "second", "save-end"]
     assert len(os.listdir(paths.vouched)) == 2
+
+
+@pytest.mark.parametrize("tries", [1, 2])
+def test_an_abort_is_told_to_the_domain_whichever_try_it_meets(tmp_path, tries):
+    told = []
+    asked = asyncio.Event()
+
+    async def ask(verb, *_, **_more):
+        told.append(verb)
+        if verb == "save" and len(told) < tries:
+            raise errors.StateError("interface 1 was not there, is there")
+        if verb == "save":
+            asked.set()
+            await asyncio.sleep(60)
+    process = SimpleNamespace(ask=ask)
+    domain: Any = SimpleNamespace(name="web", live=SimpleNamespace(to_dict=dict), outdated=False, want_active=lambda: process)
+    paths = Paths(str(tmp_path))
+    paths.make_folders()
+    jobs = Jobs("web", lambda job, begins: None)
+
+    async def save():
+        with jobs.hold("save", "ann") as job:
+            await saving.write(paths, domain, str(tmp_path / "web.save"), job, {})
+
+    async def story():
+        task = asyncio.create_task(save())
+        await asked.wait()
+        await jobs.abort("bob")
+        with pytest.raises(JobBroken):
+            await task
+    asyncio.run(story())
+    assert told == ["save"] * tries + ["save-cancel"] and "web.save" not in os.listdir(tmp_path)
+
+
+def test_who_aborts_is_told_where_the_guest_cannot_go_on_yet(monkeypatch):
+    """The host is still at the last piece."""
+    monkeypatch.setattr(saving, "ABORT_PATIENCE", 0.01)
+
+    async def aborted(_who):
+        pass
+
+    async def story(state):
+        domain: Any = Domain.__new__(Domain)
+        domain.name, domain.jobs, domain.waiters = "web", SimpleNamespace(abort=aborted), []
+        domain.process = SimpleNamespace(silent=False, state=state[0], reason=state[1])
+        call: Any = SimpleNamespace(domain=lambda: domain, who="bob", changed=lambda _, warnings: warnings)
+        return await saving.abort_job(call)
+    assert asyncio.run(story(("running", "unpaused"))) == []
+    assert asyncio.run(story(("paused", "saving"))) == ["domain 'web' stands still until the host has written what is under way"]
