@@ -140,8 +140,11 @@ class Cards:
         await asyncio.to_thread(cardfilter.apply, card.heading, tap, card.mac, known.addresses, known.learns)
         if self.has(domain, tap):
             self.note(domain, tap, known)
-        else:
+        elif any(there == tap for _, _, there, _ in self.running()):        # the name is another card's by now
             await asyncio.to_thread(cardfilter.remove, tap)
+        elif tap not in self.filters:                                       # it was let go of meanwhile
+            self.filters[tap] = domain, known
+            self.supervisor.run(self.release_gone(domain, tap, self.filters[tap]), f"filter of {tap}")
 
     def note(self, domain: str, tap: str, known: Known) -> None:
         if known.follows and not self.follow_leases():
@@ -166,7 +169,7 @@ class Cards:
         disks = [disk.to_dict() for disk in domain.live.disks if disk.name != device]
         domain.live = DomainConfig.from_dict({**domain.live.to_dict(), "interfaces": cards, "disks": disks})
         domain.record.config = domain.live.to_dict()
-        domain.record.save(domain.paths)
+        domain.note()
         domain.notify()
         log.info("domain '%s': %s is detached", domain.name, device)
         self.supervisor.events.publish("device-removed", domain.name, uuid=domain.uuid, id=domain.id, detail=device)

@@ -27,6 +27,7 @@ class Owners:
         self.since = network.since
         self.holders = network.noted_lent()
         self.noted = dict(self.holders)
+        self.leased: set[str] = set()
         self.fixed: dict[str, frozenset[str]] = {}
         self.lent: dict[str, frozenset[str]] = {}
 
@@ -39,6 +40,10 @@ class Owners:
         if changed:
             there = rivals()
             self.holders.update({address: holder for address, holder in changed.items() if self.holders.get(address) not in there})
+        for address in leases.keys() - self.leased:             # the last ones last
+            if address in self.holders:
+                self.holders[address] = self.holders.pop(address)
+        self.leased = {*leases}
         for former in by_mac({address: holder for address, holder in self.holders.items() if address not in leases}).values():
             if len(former) > MOST_FORMER:
                 for address in [one for one in self.holders if one in former][:-MOST_FORMER]:

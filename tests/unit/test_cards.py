@@ -101,6 +101,12 @@ def test_of_many_addresses_the_last_ones_stay_a_guests_own(monkeypatch, tmp_path
     assert place.own(BOB) == {"192.168.122.250"}
     place.begin_daemon()
     assert len(place.own(ANN)) == owners.MOST_FORMER
+    place.lend({"192.168.122.42": ANN})
+    for number in range(10, 41):                            # which it had, and has once more
+        place.lend({"192.168.122.42": ANN, f"192.168.122.{number}": ANN})
+        place.own(ANN)
+    place.lend({})
+    assert "192.168.122.40" in place.own(ANN)
 
 
 def test_the_next_daemon_knows_what_was_lent(monkeypatch, tmp_path):
@@ -253,8 +259,8 @@ class LetGo:
         monkeypatch.setattr(cards, "CLOSING", (0, 0, 0))
         config = DomainConfig.from_dict({"name": "ann", "memory": 64 << 20, "interfaces": [
             {"index": 0, "type": "network", "source": "default", "mac": ANN, "filter": "clean-traffic"}]})
-        self.domain: Any = SimpleNamespace(name="ann", uuid="", id=1, paths=None, live=config, notify=Mock(),
-                                           record=SimpleNamespace(taps={"0": "vnet0"}, disks=[], save=Mock()))
+        self.domain: Any = SimpleNamespace(name="ann", uuid="", id=1, paths=None, live=config, notify=Mock(), note=Mock(),
+                                           record=SimpleNamespace(taps={"0": "vnet0"}, disks=[]))
         place.domains["ann"] = self.domain
 
     async def say(self):
@@ -316,3 +322,29 @@ def test_a_tap_of_that_name_is_another_cards_then(monkeypatch, tmp_path, filter)
         assert place.tables == ({"vnet0": BOB} if filter != "none" else {})
         assert len(asyncio.all_tasks()) == 1, "nobody waits for the first one's tap any more"
     asyncio.run(story())
+
+
+def test_a_card_that_is_let_go_of_while_a_check_is_at_work_keeps_its_filter(monkeypatch, tmp_path):
+    """A domain process may say so at the very moment in which nft is at work."""
+    place = Place(monkeypatch, tmp_path)
+    let_go = LetGo(monkeypatch, place)
+
+    def apply(heading, tap, mac, known, learns, *, new=False):
+        place.apply(heading, tap, mac, known, learns)
+        asyncio.run_coroutine_threadsafe(say(), loop).result(60)
+
+    async def say():
+        place.cards.removed(let_go.domain, "net0")
+    loop = asyncio.new_event_loop()
+    monkeypatch.setattr(cardfilter, "apply", apply)
+
+    async def story():
+        await place.cards.check()                           # the first one after the daemon's start: nothing is noted yet
+        assert not let_go.domain.record.taps and place.tables == {"vnet0": ANN}
+        await rounds()
+        await place.cards.check()
+        assert place.tables == {"vnet0": ANN}
+        place.closed.add("vnet0")
+        await gone(place)
+    loop.run_until_complete(story())
+    loop.close()
