@@ -59,7 +59,7 @@ cdef class BlockBackend:
 
     def resize(self, size=None, *, bint shrink=False):
         """Makes the disk `size` bytes, a multiple of 512; None: takes over the size that its file or device has by now, as it must be for
-        a device. Less than it had only with `shrink`. Waits for what is in flight (`drain`): nobody submits more meanwhile.
+        a device. A file is cut shorter only with `shrink`. Waits for what is in flight (`drain`): nobody submits more meanwhile.
         Raises GuestImageError, HostError; then nothing has changed.
         """
         raise NotImplementedError(type(self).__name__)

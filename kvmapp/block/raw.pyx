@@ -198,8 +198,9 @@ cdef class RawDisk(BlockBackend):
         unit = max(<uint32_t>BLOCK_SECTOR, self.file.alignment)
         if not 0 < size < 1 << 63 or size % unit:
             raise GuestImageError(f"{what}: {size} bytes are no multiple of {unit}" if size % unit else f"{what} to {size} bytes")
-        if size < self.file.end and not shrink:
-            raise GuestImageError(f"{what} to {size} bytes: it has {self.file.end}, and what is at its end would be lost",
+        has = max(self.file.end, self.look_at_length())         # somebody may have made it longer
+        if size < has and not shrink:
+            raise GuestImageError(f"{what} to {size} bytes: it has {has}, and what is at its end would be lost",
                                   "make its file systems smaller first, in the guest; then --shrink")
 
     cdef BlockChannel make_channel(self, IoThread thread):

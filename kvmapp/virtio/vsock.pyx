@@ -156,6 +156,8 @@ cdef class VirtioVsock(VirtioDevice):
         elif self.tell_reset and queue.pop(&self.chains[EVENT]) == 1:
             self.tell_reset = False
             self.tell_event(queue)
+        if self.waits:
+            self.accept_host()
         pthread_mutex_unlock(&self.table)
         self.notify_used(queue)
 

@@ -54,6 +54,15 @@ def test_a_smaller_one_has_to_be_asked_for_twice(disk, image):
         assert image.stat().st_size == MIB // 2
 
 
+def test_what_somebody_else_has_made_longer_is_not_cut_either(image):
+    with open_raw(image) as disk:
+        os.truncate(image, 3 * MIB)
+        for size in MIB, 2 * MIB:
+            with pytest.raises(GuestImageError, match=f"it has {3 * MIB}, and what is at its end would be lost"):
+                disk.resize(size)
+        assert image.stat().st_size == 3 * MIB and disk.size == MIB
+
+
 @pytest.mark.parametrize(("size", "words"), [
     (MIB + 1, "1048577 bytes are no multiple of 512"), (0, "to 0 bytes"), (-512, "to -512 bytes"),
     (1 << 63, "to 9223372036854775808 bytes"), (1 << 70, "to 1180591620717411303424 bytes")])
