@@ -51,6 +51,7 @@ from kvmapp.layout import (
     PORT_SYSTEM_CONTROL_A,
 )
 from kvmapp.memory import GuestMemory
+from kvmapp.removables import Removables
 from kvmapp.slots import MmioSlots, PciSlots
 from kvmapp.state import StateError, StateReader
 from kvmapp.tuning import Tuning
@@ -61,14 +62,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from kvmapp.config import DiskConfig, InterfaceConfig
 
 STATE_VERSION = 2                                       # 1 did not tell of slots
 HUGE_PAGES = {"no": 0, "2M": 2 << 20, "1G": 1 << 30}
 SERIAL_PLACES = ((PORT_COM1, GSI_COM1), (PORT_COM2, GSI_COM2))
 
 
-class Machine:
+class Machine(Removables):
     """The hardware of one guest. `characters` are (name, CharBackend, section of the configuration) for each console."""
     vm: "Any" = None
     direct: "Any" = None
@@ -86,7 +86,7 @@ class Machine:
         self.config, self.cache = config, cache
         self.files = files or {}
         self.cpuids: list = cpuids or []
-        self.kept_slots = {} if slots is None else slots
+        self.kept_slots = slots
         self.devices: list[Device] = []
         self.cards: dict[str, Any] = {}                 # by name of the virtio device: its card or window
         self.threads: list[IoThread] = []
@@ -233,80 +233,6 @@ class Machine:
         taken = self.cards["balloon"].device.actual if "balloon" in self.cards else 0
         return self.memory.size - taken
 
-    def full_disks(self) -> list[str]:
-        """The disks, by name, for whose writes the host has no room; they are tried again at `resume`."""
-        return [name for name, disk in self.disks().items() if disk.is_full]
-
-    def disks(self) -> dict[str, "Any"]:
-        """{name: device} of the disks, 'vda' and so on."""
-        return {name: self.cards[name].device for name in self.card_threads if hasattr(self.cards[name].device, "disk")}
-
-    def network_cards(self) -> dict[str, "Any"]:
-        """{name: device} of the network cards, 'net0' and so on."""
-        return {name: self.cards[name].device for name in self.card_threads if hasattr(self.cards[name].device, "set_link")}
-
-    def attach_disk(self, disk: "DiskConfig", files: dict[str, int]) -> int:
-        """As attach_interface."""
-        return self._attach(lambda: self._plug_disk(disk, files))
-
-    def attach_interface(self, interface: "InterfaceConfig", files: dict[str, int]) -> int:
-        """A network card for the guest as it runs; the slot. Takes what it uses out of `files`. Raises KvmappError, OSError."""
-        return self._attach(lambda: self._plug_interface(interface, files))
-
-    def _attach(self, plug: "Callable[[], str]") -> int:
-        self._require_hotplug()
-        name = plug()
-        try:
-            if self.running:
-                self.cards[name].resume()
-                for thread in self.card_threads[name]:
-                    thread.resume()
-        except BaseException:
-            self._take_out(name)
-            raise
-        self.hotplug.insert(self.slots.slot_of(name))
-        return self.slots.slot_of(name)
-
-    def ask_for_card(self, name: str) -> None:
-        """Asks the guest to let go of a disk or network card; then `hotplug.fd` becomes readable."""
-        self._require_hotplug()
-        self.hotplug.ask(self.slots.slot_of(name))
-
-    def take_ejected(self, asked: bool = False) -> list[str]:
-        """Takes out the cards that the guest has let go of, or was `asked` for: their names."""
-        if not self.hotplug:
-            return []
-        slots = [*self.hotplug.take_ejected(), *(self.hotplug.wanted() if asked else ())]
-        names = [name for name in self.card_threads if self.slots.slot_of(name) in slots]
-        for name in names:
-            self._take_out(name)
-        return names
-
-    def _take_out(self, name: str) -> None:
-        """No vCPU and no thread of the card's may be on its way to it."""
-        was_running = self.running
-        if was_running:
-            self.pause()
-        self.hotplug.forget(self.slots.slot_of(name))
-        card = self.slots.unplug(name)
-        self.devices.remove(card)
-        del self.cards[name]
-        card.close()
-        for thread in self.card_threads.pop(name):
-            thread.close()
-            self.threads.remove(thread)
-        card.part()
-        if was_running:
-            self.resume()
-
-    def _require_hotplug(self) -> None:
-        if self.hotplug is None:
-            raise Unsupported(f"Domain '{self.config.name}' is a {self.config.machine}, whose devices stay as they were at its start",
-                              "change the file and start it anew")
-        if not self.config.acpi:
-            raise Unsupported(f"Domain '{self.config.name}' has no ACPI, so its guest cannot be told of devices that come and go",
-                              "set acpi = yes in its file, or change the file and start it anew")
-
     def inventory(self) -> list[dict]:
         """[{name, slot}] of the virtio devices, and of the PCI bus where there is one."""
         return self.slots.inventory()
@@ -397,7 +323,7 @@ class Machine:
         pci = PciHost("pci", pio, mmio, irqs, mmio64_base=self.window64[0] if self.window64 else 0, reset_control=reset_control)
         self._place(pci, pio, PORT_PCI_CONFIG_ADDRESS, 8)
         self._place(pci, mmio, PCI_ECAM_BASE, PCI_ECAM_SIZE, ECAM_OFFSET)
-        self.slots = PciSlots(pci, irqs, config.virtio, self.kept_slots)
+        self.slots = PciSlots(pci, irqs, config.virtio, {} if self.kept_slots is None else self.kept_slots)
         self.vm.set_level_triggered()
         self.hotplug = PciHotplug("pci-hotplug", self.acpi_pm)
         self._place(self.hotplug, pio, PORT_PCI_HOTPLUG, PORT_PCI_HOTPLUG_SIZE)
@@ -409,30 +335,32 @@ class Machine:
             self._place(Ns16550(backend.name, self.vm.interrupts.line(gsi), backend), self.vm.pio, port, 8)
 
     def _add_disks_and_interfaces(self) -> None:
-        for disk in self.config.disks:
-            self._plug_disk(disk, self.files)
-        for interface in self.config.interfaces:
-            self._plug_interface(interface, self.files)
+        """On a PCI bus network cards come first, so that one more disk moves none of them at the next boot: guests name them by their
+        slots. Windows, and cards of a saved machine that does not tell of slots, come in the order that they always had."""
+        disks: list[tuple[Callable, Any]] = [(self._plug_disk, disk) for disk in self.config.disks]
+        interfaces: list[tuple[Callable, Any]] = [(self._plug_interface, interface) for interface in self.config.interfaces]
+        for plug, section in interfaces + disks if self.hotplug and self.kept_slots is None else disks + interfaces:
+            plug(section, self.files)
 
     def _add_virtio_extras(self) -> None:
         """Cards that are seldom busy share the machine's I/O thread."""
         if self.config.rng:
             from kvmapp.virtio.rng import VirtioRng
-            self._plug(VirtioRng("rng", self.memory), self.io)
+            self._serve(VirtioRng("rng", self.memory), self.io)
         for console in self.config.consoles:
             from kvmapp.virtio.console import VirtioConsole
             backend = self._character(f"console{console.index}", console)
-            self._plug(VirtioConsole(backend.name, self.memory, backend), self.io)
+            self._serve(VirtioConsole(backend.name, self.memory, backend), self.io)
         if self.config.balloon:
             from kvmapp.virtio.balloon import VirtioBalloon
-            self._plug(VirtioBalloon("balloon", self.memory, deflate_on_oom=self.config.balloon.deflate_on_oom), self.io)
+            self._serve(VirtioBalloon("balloon", self.memory, deflate_on_oom=self.config.balloon.deflate_on_oom), self.io)
         if self.config.vsock:
             from kvmapp.virtio.vsock import VirtioVsock
-            self._plug(VirtioVsock("vsock", self.memory, self.config.vsock.cid, self.config.vsock.path), self.io)
+            self._serve(VirtioVsock("vsock", self.memory, self.config.vsock.cid, self.config.vsock.path), self.io)
         for folder in self.config.filesystems:           # whose file servers were started by those who started us (fileserver.py)
             from kvmapp.virtio.fs import VirtioFs
             device = VirtioFs(f"fs-{folder.tag}", self.memory, folder.tag, self.files.pop(f"filesystem:{folder.tag}", -1))
-            self._plug(device, self._thread(f"fs {folder.tag}"))
+            self._serve(device, self._thread(f"fs {folder.tag}"))
 
     def _add_watchdog(self) -> None:
         if self.config.watchdog:
@@ -449,8 +377,8 @@ class Machine:
         if device not in self.devices:
             self.devices.append(device)
 
-    def _plug(self, device, thread: IoThread) -> None:
-        """Plugs a virtio device in; the thread does its I/O."""
+    def _serve(self, device, thread: IoThread) -> None:
+        """Plugs a virtio device in, whose I/O the thread does."""
         self._insert(device)
         device.run_on(thread)
 
@@ -466,27 +394,6 @@ class Machine:
             self.slots.attach(card)
         self.devices.append(card)
         self.cards[device.name] = card
-
-    def _plug_disk(self, disk: "DiskConfig", files: dict[str, int]) -> str:
-        from kvmapp.diskcards import make_device
-        return self._plug_removable(*make_device(disk, files, self.memory, self.power))
-
-    def _plug_interface(self, interface: "InterfaceConfig", files: dict[str, int]) -> str:
-        from kvmapp.netcards import make_device
-        return self._plug_removable(*make_device(interface, files, self.memory))
-
-    def _plug_removable(self, device, threads: list[IoThread]) -> str:
-        """A device with threads of its own; its name."""
-        try:
-            self._insert(device)
-        except BaseException:
-            device.close()
-            for thread in threads:
-                thread.close()
-            raise
-        self.card_threads[device.name] = threads
-        self.threads += threads
-        return device.name
 
     def _character(self, name: str, section) -> CharBackend:
         backend = CharBackend(name)

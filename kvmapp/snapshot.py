@@ -93,7 +93,7 @@ def restore(saved: SavedState, config: DomainConfig | None = None, files: dict[s
     original = configuration(saved)
     if config is not None:
         compare(saved.name, original, config)
-    machine = Machine(config or original, files, cpuids(state, original.vcpus), state.get("slots"), warn=warn)
+    machine = Machine(config or original, files, cpuids(state, original.vcpus), state.get("slots", {}), warn=warn)
     try:
         load_memory(machine, saved)
         if not machine.restore_state(state, when):

@@ -6,10 +6,12 @@
                                                                 ← {"device": "net1", "slot": 5}
       plugs a network card in. `interface` is what config.InterfaceConfig.to_dict gives; the descriptors that the daemon opened for it
       come by SCM_RIGHTS with the request's first byte, in the order of `files` (netcards.file_name). The guest is told through ACPI.
-      Or a disk: "disk" is what DiskConfig.to_dict gives, "files": ["disk:vdb"].
     → {"verb": "detach-device", "device": "net1"}               ← {"device": "net1"}
-      asks the guest for the card or disk. When it has let go, its descriptors are closed and subscribers hear
+      asks the guest for the card. When it has let go, its descriptors are closed and subscribers hear
       {"type": "device-removed", "name": DOMAIN, "device": "net1"}; a guest without ACPI hotplug never does. A reset lets go, too.
+    → {"verb": "attach-disk", "disk": {"name": "vdb", "source": ...}, "files": ["disk:vdb"]}            ← {"device": "vdb", "slot": 5}
+    → {"verb": "detach-disk", "device": "vdb"}                  ← {"device": "vdb"}
+      the same for disks.
     → {"verb": "resize-disk", "device": "vda", "bytes": 21474836480, "shrink": false}      ← {"device": "vda", "bytes": 21474836480}
       gives a disk this many bytes, fewer than it has only with `shrink`; null takes over what its file or block device has by now.
 
@@ -86,16 +88,18 @@ class DeviceVerbs:
         self.require("running", "paused")
         if connection.deserted():               # the daemon gave it up, and has taken the tap's filter away
             raise BadRequest("nobody waits for this card any more")
-        attach: Callable[..., int]
-        if "disk" in request:
-            config, section = self.with_disk(wanted(request, "disk", dict))
-            name, attach = section.name, self.machine.attach_disk
-        else:
-            config, section = self.with_interface(wanted(request, "interface", dict))
-            name, attach = f"net{section.index}", self.machine.attach_interface
+        config, interface = self.with_interface(wanted(request, "interface", dict))
+        return self.attach(connection, request, config, interface, f"net{interface.index}", self.machine.attach_interface)
+
+    def verb_attach_disk(self, connection, request) -> dict:
+        self.require("running", "paused")
+        config, disk = self.with_disk(wanted(request, "disk", dict))
+        return self.attach(connection, request, config, disk, disk.name, self.machine.attach_disk)
+
+    def attach(self, connection, request, config, section, name: str, plug: "Callable[..., int]") -> dict:
         files = self.take_files(connection, request)
         try:
-            slot = attach(section, files)
+            slot = plug(section, files, lambda: not connection.deserted())
         except OSError as error:
             raise KvmappError(f"Cannot attach {section.heading} to domain '{config.name}': {error}") from None
         finally:
@@ -107,8 +111,14 @@ class DeviceVerbs:
     def verb_detach_device(self, _connection, request) -> dict:
         self.require("running", "paused")
         device = wanted(request, "device", str)
-        if device not in self.machine.disks():
-            self.card(device)
+        self.card(device)
+        self.machine.ask_for_card(device)
+        return {"device": device}
+
+    def verb_detach_disk(self, _connection, request) -> dict:
+        self.require("running", "paused")
+        device = wanted(request, "device", str)
+        self.disk(device)
         self.machine.ask_for_card(device)
         return {"device": device}
 
@@ -117,14 +127,12 @@ class DeviceVerbs:
         name, size, shrink = wanted(request, "device", str), request.get("bytes"), wanted(request, "shrink", bool)
         if type(size) not in (int, type(None)):
             raise BadRequest(f"'bytes' is {size!r}, not a number")
-        disks = self.machine.disks()
-        if name not in disks:
-            raise DeviceNotFound(f"Domain '{self.machine.config.name}' has no disk '{name}'", f"it has: {', '.join(disks) or 'none'}")
+        disk = self.disk(name)
         was_running = self.machine.running
         if was_running:                         # no vCPU and no thread of the disk's may be on its way to it
             self.machine.pause()
         try:
-            size = disks[name].resize(size, shrink=shrink)
+            size = disk.resize(size, shrink=shrink)
         finally:
             if was_running:
                 self.machine.resume()
@@ -170,6 +178,13 @@ class DeviceVerbs:
             raise BadRequest(f"'files' is {names!r}, but {len(files)} descriptors came", "send them with the request's first byte")
         connection.fds.clear()
         return dict(zip(names, files, strict=True))
+
+    def disk(self, name: str):
+        """The disk of that name."""
+        disks = self.machine.disks()
+        if name not in disks:
+            raise DeviceNotFound(f"Domain '{self.machine.config.name}' has no disk '{name}'", f"it has: {', '.join(disks) or 'none'}")
+        return disks[name]
 
     def card(self, name: str):
         """The network card of that name."""

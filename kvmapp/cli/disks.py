@@ -5,6 +5,7 @@ import os
 
 from kvmapp.cli import render
 from kvmapp.cli.cards import NOT_BOTH, PERSISTENT, SCOPE, where
+from kvmapp.cli.saving import abortable
 from kvmapp.cli.table import SIZE, argument, domain, flag, value, verb
 from kvmapp.client import of
 from kvmapp.errors import DomainNotRunning, HostError, UsageError
@@ -41,7 +42,7 @@ def disk(name: str, **more) -> Option:
 def attach_disk(session, given):
     settings = {"source": os.path.abspath(given.source), "bus": given.targetbus, "format": given.subdriver, "cache": given.cache,
                 "io": given.io, "serial": given.serial, "readonly": "yes" if given.mode else None}
-    with session.wait_with(f"opening {given.source}", given.domain):
+    with abortable(session, f"opening {given.source}", given.domain):
         changed = session.daemon.post(of(given.domain, "disks"), name=given.target,
                                       settings={key: text for key, text in settings.items() if text}, **where(given))
     session.done(changed, "Disk attached successfully")
@@ -83,7 +84,8 @@ def domblkerror(session, given):
 
 @verb("domblkinfo", "how large a domain's disks are", domain(), disk("device"), flag("human", "sizes for people to read"),
       flag("all", "every disk, as a table"),
-      text="Capacity is what the guest sees, Allocation what the host's file system has given for it so far, Physical the file's length.",
+      text="Capacity is what a guest sees that starts now, Allocation what the host's file system has given for it so far, Physical the "
+           "file's length.",
       exclusive=(("device", "all"),))
 def domblkinfo(session, given):
     if given.device is None and not given.all:
@@ -95,7 +97,7 @@ def domblkinfo(session, given):
         session.answer({"disks": disks}, lambda: render.table(["Target", *(key.capitalize() for key in SIZES)], rows,
                                                               header=not session.quiet))
         return
-    one = chosen(given.domain, given.device, disks)
+    one = chosen(given.domain, given.device, disks, f"invalid argument: invalid path {given.device} not assigned to domain")
     if one["error"]:
         raise HostError(f"Cannot look at disk '{one['name']}' ({one['source']}): {one['error']}")
     session.answer(one, lambda: render.pairs([(key.capitalize(), show(one[key])) for key in SIZES], 16))
@@ -103,16 +105,17 @@ def domblkinfo(session, given):
 
 @verb("domblkstat", "what a running domain read from and wrote to a disk", domain(complete="active"), disk("device"),
       flag("human", "names for people to read"),
-      text="Without a disk: all of them together.", failure="Failed to get block stats {domain}")
+      text="Without a disk: all of them together.", failure="Failed to get block stats {domain} {device}")
 def domblkstat(session, given):
+    given.device = given.device or ""           # for the failure's words
     stats = session.daemon.get(of(given.domain, "stats"))
     if stats["id"] is None:
         raise DomainNotRunning("Requested operation is not valid: domain is not running")
-    if given.device is None:
+    if not given.device:
         counts = {key: sum(one[key] for one in stats["disks"]) for key in COUNTERS}
     else:
-        counts = chosen(given.domain, given.device, stats["disks"])
-    session.answer(counts, counter_lines(given.device or "", counts, given.human))
+        counts = chosen(given.domain, given.device, stats["disks"], f"invalid path: {given.device}")
+    session.answer(counts, counter_lines(given.device, counts, given.human))
 
 
 def counter_lines(device: str, counts: dict, human: bool) -> str:
@@ -122,9 +125,9 @@ def counter_lines(device: str, counts: dict, human: bool) -> str:
     return "".join(f"{device} {name} {counts[key]}\n" for key, (name, _) in COUNTERS.items())
 
 
-def chosen(name: str, path: str, disks: list[dict]) -> dict:
+def chosen(name: str, path: str, disks: list[dict], otherwise: str) -> dict:
     found = next((one for one in disks if path in (one["name"], one["source"])), None)
     if found is None:
-        raise UsageError(f"invalid argument: invalid path {path} not assigned to domain",
+        raise UsageError(otherwise,
                          f"it has: {', '.join(one['name'] for one in disks) or 'none'}; see kvmappctl domblklist {name}")
     return found

@@ -343,7 +343,7 @@ async def describe(call: Call) -> dict:
         if live and domain.record:
             domain.live = DomainConfig.from_dict({**domain.record.config, **values})
             domain.record.config = domain.live.to_dict()
-            domain.record.save(domain.paths)
+            domain.note()
     return call.changed(domain)
 
 

@@ -47,7 +47,7 @@ async def interface_detach(call: Call) -> dict:
         found = find(domain, configs(domain, live, config), call.body)
         view = answer(call, domain, found[0], live)
         if live:
-            await unplug(domain, f"net{found[0].index}", f"{found[0].heading} ({found[0].mac})", view["warnings"])
+            await unplug(domain, "detach-device", f"net{found[0].index}", f"{found[0].heading} ({found[0].mac})", view["warnings"])
         if config:
             change_file(call, domain, CARDS, lambda cards: [one for one in cards if one["index"] != found[-1].index])
         return {**view, "domain": domain.summary()}
@@ -144,7 +144,7 @@ async def plug(call: Call, domain: Domain, config: DomainConfig, card: Interface
         if tap and tap.made:
             await supervisor.cards.settle(domain.name, card, tap.name, bridge)
         supervisor.networks.expect(config)
-        await plug_in(domain, files, interface=card.to_dict())
+        await plug_in(domain, "attach-device", files, interface=card.to_dict())
     except BaseException:
         if tap:
             supervisor.cards.release(domain.name, tap.name)

@@ -19,6 +19,7 @@ from kvmapp.imagefile import open_image
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from kvmapp.config import DiskConfig, DomainConfig
+    from kvmapp.daemon.jobs import Job
     from kvmapp.daemon.plugging import Change
 
 SECTION = schema.DOMAIN.sections["disk"]
@@ -32,7 +33,7 @@ RESIZE_TIMEOUT = 30.0                   # requests that are under way are awaite
 
 async def disk_attach(call: Call) -> dict:
     domain, name = call.domain(), call.body.get("name", "")
-    with domain.jobs.hold("attach-disk", call.who):
+    with domain.jobs.hold("attach-disk", call.who) as job:
         live, config = chosen(call, domain)
         targets = configs(domain, live, config)
         settings = {key: value for key, value in parsed(SECTION, name, call.body.get("settings", {})).items() if value is not None}
@@ -47,21 +48,23 @@ async def disk_attach(call: Call) -> dict:
             return [*disks, {"name": name, **settings}]
         after = [changed(one, DISKS, add) for one in targets]
         if live:
-            await plug(call, domain, next(disk for disk in after[0].disks if disk.name == name))
+            await plug(call, domain, next(disk for disk in after[0].disks if disk.name == name), job)
             change_live(domain, DISKS, add)
         if config:
             change_file(call, domain, DISKS, add)
     return call.changed(domain)
 
 
-async def plug(call: Call, domain: Domain, disk: DiskConfig) -> None:
+async def plug(call: Call, domain: Domain, disk: DiskConfig, job: Job) -> None:
     """Opens and locks its file, which the domain process may not, and hands it over. Raises KvmappError."""
     domain.want_active()
+    job.progress, job.abortable = f"opening {disk.source}", True            # whose file server may never answer
     files = await in_own_thread(identities, [disk])
     check_disks(call.supervisor, files)
     fd = await in_own_thread(partial(open_image, disk.name, disk.source, read_only=disk.readonly), unwanted=os.close)
+    job.progress, job.abortable = None, False
     try:
-        await plug_in(domain, {f"disk:{disk.name}": fd}, disk=disk.to_dict())
+        await plug_in(domain, "attach-disk", {f"disk:{disk.name}": fd}, disk=disk.to_dict())
     finally:
         os.close(fd)                    # it stays open, and locked, as the domain's
     if domain.record is None:
@@ -79,7 +82,7 @@ async def disk_detach(call: Call) -> dict:
             find(domain, targets[1], disk.name, f"No disk found whose source path or target is {path} in the domain's file")
         warnings: list[str] = []
         if live:
-            await unplug(domain, disk.name, f"disk {disk.name} ({disk.source})", warnings)
+            await unplug(domain, "detach-disk", disk.name, f"disk {disk.name} ({disk.source})", warnings)
         if config:
             change_file(call, domain, DISKS, without(disk.name))
     return call.changed(domain, warnings)
@@ -90,41 +93,38 @@ def without(name: str) -> Change:
 
 
 async def disk_sizes(call: Call) -> dict:
-    """One look at a time: those that ask meanwhile share it, so that a server that hangs takes one thread a domain."""
     domain = call.domain()
-    config = domain.config
-    if config is None:
-        return {"disks": []}
-    if domain.measuring is None:
-        domain.measuring = call.supervisor.run(in_own_thread(sizes_of, config.disks), f"sizes of {domain.name}'s disks")
-        domain.measuring.add_done_callback(lambda _: setattr(domain, "measuring", None))
+    disks = domain.config.disks if domain.config else ()
+    return {"disks": await asyncio.gather(*(disk_size(call, domain, disk) for disk in disks))}
+
+
+async def disk_size(call: Call, domain: Domain, disk: DiskConfig) -> dict:
+    """One look at a file at a time: those that ask meanwhile share it, so that a server that hangs takes no more threads than that. What
+    cannot be looked at has no sizes, but an error.
+    """
+    looks, path = domain.looks, disk.source
+    if path not in looks:
+        looks[path] = call.supervisor.run(in_own_thread(sizes, path), f"size of {path}")
+        looks[path].add_done_callback(lambda _: looks.pop(path))
+    one: dict[str, object] = {"name": disk.name, "source": path, **dict.fromkeys((*SIZES, "error"))}
     try:
-        return {"disks": await asyncio.wait_for(asyncio.shield(domain.measuring), PATIENCE)}
+        return one | await asyncio.wait_for(asyncio.shield(looks[path]), PATIENCE)
     except TimeoutError:
-        raise HostError(f"The disks of domain '{domain.name}' cannot be looked at: their file server does not answer",
-                        f"it has: {', '.join(disk.source for disk in config.disks)}") from None
-
-
-def sizes_of(disks: tuple[DiskConfig, ...]) -> list[dict]:
-    """What cannot be looked at has no sizes, but an error."""
-    found = []
-    for disk in disks:
-        one: dict[str, object] = {"name": disk.name, "source": disk.source, **dict.fromkeys((*SIZES, "error"))}
-        try:
-            one |= sizes(disk.source)
-        except (OSError, ValueError) as error:
-            one["error"] = getattr(error, "strerror", None) or str(error)
-        found.append(one)
-    return found
+        return one | {"error": "its file server does not answer"}
+    except KvmappError as error:
+        return one | {"error": error.message}
 
 
 def sizes(path: str) -> dict[str, int]:
-    """In bytes: what a guest sees, what the host's file system has given for it, and the file's length. Raises OSError."""
-    status = os.stat(path)
-    if stat.S_ISBLK(status.st_mode):
-        with open(f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}/size") as size:
-            length = int(size.read()) * SECTOR
-        return {"capacity": length, "allocation": length, "physical": length}
+    """Bytes: what a guest sees that starts now, what the host's file system has given for it, the file's length. Raises HostError."""
+    try:
+        status = os.stat(path)
+        if stat.S_ISBLK(status.st_mode):
+            with open(f"/sys/dev/block/{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}/size") as size:
+                length = int(size.read()) * SECTOR
+            return {"capacity": length, "allocation": length, "physical": length}
+    except (OSError, ValueError) as error:
+        raise HostError(getattr(error, "strerror", None) or str(error)) from None
     return {"capacity": -(-status.st_size // SECTOR) * SECTOR, "allocation": status.st_blocks * SECTOR, "physical": status.st_size}
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from kvmapp.daemon.paths import Paths
     from kvmapp.daemon.store import Store, Stored
 
+log = logging.getLogger("kvmapp")
 ENDING_LIMIT = 64 << 10
 TIME_LIMIT = 1 << 36                    # seconds: in the year 4147; what is later is no time that anything ended at
 # How a domain may have ended, in virsh's words (domstate --reason), and two that virsh has no word for.
@@ -88,7 +90,19 @@ class Domain:
         self.destroyed_by: str | None = None            # who killed a process that could not say it itself
         self.presses = 0                                # of its power button
         self.waiters: list[asyncio.Future[None]] = []
-        self.measuring: asyncio.Task[list[dict]] | None = None          # a look at its disks that may hang
+        self.looks: dict[str, asyncio.Task[dict[str, int]]] = {}        # at the files of its disks, which may hang
+        self.unsaved = False                            # its record has news that did not get onto disk
+
+    def note(self) -> None:
+        """Its record onto disk; where there is no room, the heartbeat tries again."""
+        if self.record is not None:
+            try:
+                self.record.save(self.paths)
+                self.unsaved = False
+            except OSError as error:
+                self.unsaved = True
+                log.error("what runs of domain '%s' cannot be noted, so the next daemon would not know of it: %s", self.name,
+                          error.strerror)
 
     # What it is.
 

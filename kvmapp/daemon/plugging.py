@@ -53,7 +53,7 @@ def sections(config: DomainConfig, kind: str) -> list[dict]:
 def set_live(domain: Domain, config: DomainConfig) -> None:
     assert domain.record
     domain.live, domain.record.config = config, config.to_dict()
-    domain.record.save(domain.paths)
+    domain.note()
 
 
 def change_live(domain: Domain, kind: str, change: Change) -> None:
@@ -67,13 +67,13 @@ def change_file(call: Call, domain: Domain, kind: str, change: Change) -> None:
     change_stored(call, domain, lambda stored: {kind: change(sections(stored, kind))})
 
 
-async def plug_in(domain: Domain, files: dict[str, int], **section: dict) -> None:
+async def plug_in(domain: Domain, verb: str, files: dict[str, int], **section: dict) -> None:
     """Hands a device to the domain process, which tells the guest. `files`: what was opened for it; they stay the caller's to close."""
-    await domain.told(domain.want_active().ask_with_files("attach-device", files, ATTACH_TIMEOUT, **section), COME_AND_GO)
+    await domain.told(domain.want_active().ask_with_files(verb, files, ATTACH_TIMEOUT, **section), COME_AND_GO)
 
 
-async def unplug(domain: Domain, device: str, what: str, warnings: list[str]) -> None:
+async def unplug(domain: Domain, verb: str, device: str, what: str, warnings: list[str]) -> None:
     """Asks the guest for it; what else there is to do is done when the guest has let go (Cards.removed)."""
-    await domain.told(domain.want_active().ask("detach-device", device=device), COME_AND_GO)
+    await domain.told(domain.want_active().ask(verb, device=device), COME_AND_GO)
     if not await domain.wait_until(lambda: device not in removable(domain.live), EJECT_PATIENCE):
         warnings.append(f"the guest has not let go of {what} yet; a guest without ACPI hotplug never does")

@@ -17,7 +17,8 @@ import time
 from contextlib import suppress
 
 from kvmapp.client import ask_domain, connect
-from kvmapp.errors import NOTHING_LEFT, ConnectionFailed, KvmappError, NoResponse, error_from_dict
+from kvmapp.daemon.threads import in_own_thread
+from kvmapp.errors import NOTHING_LEFT, ConnectionFailed, HostError, KvmappError, NoResponse, error_from_dict
 from kvmapp.values import is_label
 
 TYPE_CHECKING = False
@@ -238,12 +239,24 @@ class DomainProcess:
         return answer
 
     async def ask_with_files(self, verb: str, files: dict[str, int], timeout: float, **arguments: object) -> dict:
-        """As `ask`, with open descriptors (SCM_RIGHTS), on a connection of its own. They stay ours to close."""
+        """As `ask`, with open descriptors (SCM_RIGHTS), on a connection of its own. They stay the caller's, who may be broken off and close
+        them while the thread is at work: it has copies. Raises OSError, too.
+        """
+        copies: list[int] = []
+
+        def work() -> dict:
+            try:
+                return ask_domain(self.control, verb, timeout=timeout, descriptors=copies, files=list(files), **arguments)
+            finally:
+                close_all(copies)
         try:
-            return await asyncio.to_thread(ask_domain, self.control, verb, timeout=timeout, descriptors=list(files.values()),
-                                           files=list(files), **arguments)
+            copies += map(os.dup, files.values())
+            return await in_own_thread(work)
         except ConnectionFailed as error:
             raise NoResponse(error.message, error.hint) from None
+        except (OSError, HostError):            # there was no thread to be had, or the domain refuses: then they are closed
+            close_all(copies)
+            raise
 
     def hear(self, event: dict) -> None:
         kind = event.get("type")
@@ -369,3 +382,8 @@ def resident_of(pid: int) -> int | None:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return None
+
+
+def close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())

@@ -151,7 +151,7 @@ DISK_STATS = record(name=text(), source=text(), rd_reqs=whole(), rd_bytes=whole(
                     wr_bytes=whole(), wr_ns=whole(), fl_reqs=whole(), fl_ns=whole(), errors=whole())
 
 DISK_SIZES = record(disks=list_of(record(
-    name=text(), source=text(), capacity=maybe(whole("as the guest sees it; null: it cannot be looked at")),
+    name=text(), source=text(), capacity=maybe(whole("what a guest sees that starts now; null: it cannot be looked at")),
     allocation=maybe(whole("what the host's file system has given for it")), physical=maybe(whole("the file's length")),
     error=maybe(text("why it cannot be looked at")))))
 

@@ -194,10 +194,7 @@ class Supervisor:
         if process is None or record is None or process.ended or process.pid in (0, record.pid):
             return False
         record.pid, record.start_time = process.pid, process.start_time
-        try:
-            record.save(self.paths)
-        except OSError as error:                # it runs all the same, and the next daemon finds it by its socket
-            log.warning("cannot note the pid of domain '%s': %s", domain.name, error.strerror)
+        domain.note()
         return True
 
     def join_groups(self, domain: Domain) -> None:
@@ -279,6 +276,8 @@ class Supervisor:
             self.file_servers.reap()
             limits = self.guest_defaults()
             for domain in self.active():
+                if domain.unsaved:
+                    domain.note()
                 if domain.process and domain.jobs.current is None:
                     self.run(self.look_at(domain, domain.process), f"heartbeat of {domain.name}")
                 domainlog.rotate(self.paths.domain_log(domain.name), limits.log_max_size, limits.log_max_backups, in_use=True)

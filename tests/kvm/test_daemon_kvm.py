@@ -174,7 +174,7 @@ def test_a_disk_comes_and_goes_while_the_guest_runs(host):
     assert {"name": "vdb", "slot": 2} in host.told("a", "status")["devices"]
     goes_on(host)
 
-    host.told("a", "detach-device", device="vdb")               # past the daemon, which would wait for the guest
+    host.told("a", "detach-disk", device="vdb")               # past the daemon, which would wait for the guest
     assert [disk["name"] for disk in host.domain("a")["disks"]] == ["vda", "vdb"]
     host.post("a", "reset")
     host.eventually(lambda: [disk["name"] for disk in host.domain("a")["disks"]] == ["vda"])

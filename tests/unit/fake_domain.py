@@ -171,7 +171,7 @@ class FakeDomain:
                 os.close(fd)
             raise Refusal(error("wrong-state", "no slot is free"))
         self.files |= dict(zip(request["files"], came, strict=True))
-        name = request["disk"]["name"] if "disk" in request else f"net{request['interface']['index']}"
+        name = request["disk"]["name"] if request["verb"] == "attach-disk" else f"net{request['interface']['index']}"
         self.cards.append(name)
         return {"device": name, "slot": 5}
 
@@ -185,6 +185,8 @@ class FakeDomain:
             for client in list(self.subscribers):
                 self.send(client, {"event": {"type": "device-removed", "name": self.config.name, "device": request["device"]}})
         return {"device": request["device"]}
+
+    verb_attach_disk, verb_detach_disk = verb_attach_device, verb_detach_device
 
     def verb_resize_disk(self, _client, request):
         """It has no disks, and keeps what was asked."""

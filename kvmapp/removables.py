@@ -1,0 +1,132 @@
+"""What of a machine may come and go while its guest runs: disks and network cards, each with I/O threads of its own.
+
+Made from their sections by diskcards.py and netcards.py; the guest is told through ACPI (hw/pci_hotplug.pyx). Mixed into machine.Machine.
+"""
+import gc
+
+from kvmapp.errors import BadRequest, Unsupported
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from kvmapp.config import DiskConfig, InterfaceConfig
+    from kvmapp.iothread import IoThread
+
+
+class Removables:
+    """What it needs of the machine."""
+    config: "Any"
+    memory: "Any"
+    power: "Any"
+    slots: "Any"
+    hotplug: "Any"
+    devices: "list[Any]"
+    cards: "dict[str, Any]"
+    threads: "list[IoThread]"
+    card_threads: "dict[str, list[IoThread]]"
+    running: bool
+    pause: "Callable[[], None]"
+    resume: "Callable[[], None]"
+    _insert: "Callable[[Any], None]"
+
+    def full_disks(self) -> list[str]:
+        """The disks, by name, for whose writes the host has no room; they are tried again at `resume`."""
+        return [name for name, disk in self.disks().items() if disk.is_full]
+
+    def disks(self) -> "dict[str, Any]":
+        """{name: device} of the disks, 'vda' and so on."""
+        return {name: self.cards[name].device for name in self.card_threads if hasattr(self.cards[name].device, "disk")}
+
+    def network_cards(self) -> "dict[str, Any]":
+        """{name: device} of the network cards, 'net0' and so on."""
+        return {name: self.cards[name].device for name in self.card_threads if hasattr(self.cards[name].device, "set_link")}
+
+    def attach_disk(self, disk: "DiskConfig", files: dict[str, int], wanted: "Callable[[], bool]" = lambda: True) -> int:
+        """As attach_interface."""
+        return self._attach(lambda: self._plug_disk(disk, files), wanted)
+
+    def attach_interface(self, interface: "InterfaceConfig", files: dict[str, int], wanted: "Callable[[], bool]" = lambda: True) -> int:
+        """A network card for the guest as it runs; the slot. Takes what it uses out of `files`. The guest hears nothing of it where it is
+        not `wanted` any more when it is made, which may take long. Raises KvmappError, OSError."""
+        return self._attach(lambda: self._plug_interface(interface, files), wanted)
+
+    def _attach(self, plug: "Callable[[], str]", wanted: "Callable[[], bool]") -> int:
+        self._require_hotplug()
+        name = plug()
+        try:
+            if not wanted():
+                raise BadRequest("nobody waits for this device any more")
+            if self.running:
+                self.cards[name].resume()
+                for thread in self.card_threads[name]:
+                    thread.resume()
+        except BaseException:
+            self._take_out(name)
+            raise
+        self.hotplug.insert(self.slots.slot_of(name))
+        return self.slots.slot_of(name)
+
+    def ask_for_card(self, name: str) -> None:
+        """Asks the guest to let go of a disk or network card; then `hotplug.fd` becomes readable."""
+        self._require_hotplug()
+        self.hotplug.ask(self.slots.slot_of(name))
+
+    def take_ejected(self, asked: bool = False) -> list[str]:
+        """Takes out what the guest has let go of, or was `asked` for: the names."""
+        if not self.hotplug:
+            return []
+        slots = [*self.hotplug.take_ejected(), *(self.hotplug.wanted() if asked else ())]
+        names = [name for name in self.card_threads if self.slots.slot_of(name) in slots]
+        for name in names:
+            self._take_out(name)
+        return names
+
+    def _take_out(self, name: str) -> None:
+        """No vCPU and no thread of the card's may be on its way to it."""
+        was_running = self.running
+        if was_running:
+            self.pause()
+        self.hotplug.forget(self.slots.slot_of(name))
+        card = self.slots.unplug(name)
+        self.devices.remove(card)
+        del self.cards[name]
+        card.close()
+        for thread in self.card_threads.pop(name):
+            thread.close()
+            self.threads.remove(thread)
+        card.part()
+        if was_running:
+            self.resume()
+        del card
+        gc.collect()                            # their eventfds go with them, which no want of descriptors would bring about
+
+    def _require_hotplug(self) -> None:
+        if self.hotplug is None:
+            raise Unsupported(f"Domain '{self.config.name}' is a {self.config.machine}, whose devices stay as they were at its start",
+                              "change the file and start it anew")
+        if not self.config.acpi:
+            raise Unsupported(f"Domain '{self.config.name}' has no ACPI, so its guest cannot be told of devices that come and go",
+                              "set acpi = yes in its file, or change the file and start it anew")
+
+    def _plug_disk(self, disk: "DiskConfig", files: dict[str, int]) -> str:
+        from kvmapp.diskcards import make_device
+        return self._plug(*make_device(disk, files, self.memory, self.power))
+
+    def _plug_interface(self, interface: "InterfaceConfig", files: dict[str, int]) -> str:
+        from kvmapp.netcards import make_device
+        return self._plug(*make_device(interface, files, self.memory))
+
+    def _plug(self, device, threads: "list[IoThread]") -> str:
+        """Puts it into a slot; its name."""
+        try:
+            self._insert(device)
+        except BaseException:
+            device.close()
+            for thread in threads:
+                thread.close()
+            raise
+        self.card_threads[device.name] = threads
+        self.threads += threads
+        return device.name

@@ -1,0 +1,81 @@
+"""Disks and network cards of a whole machine that come and go."""
+import gc
+import os
+
+import pytest
+
+from kvmapp.config import DiskConfig, config_from_options
+from kvmapp.errors import BadRequest, GuestImageError
+from kvmapp.imagefile import open_image
+from kvmapp.machine import Machine
+from kvmapp.options import part_arguments, run_options
+from kvmapp.probe import IMAGE
+from tests.smalldisk import sparse
+
+pytestmark = pytest.mark.kvm
+GUEST = ["--kernel", str(IMAGE), "--memory", "32"]
+
+
+@pytest.fixture
+def image(tmp_path):
+    return str(sparse(tmp_path / "a.img", 1 << 20))
+
+
+def machine(*words):
+    pairs, _ = part_arguments([*GUEST, *words], {flag: bool(option.metavar) for flag, option in run_options().items()})
+    return Machine(config_from_options(pairs))
+
+
+def descriptors():
+    gc.collect()
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_one_more_disk_moves_no_network_card(tmp_path, image):
+    """Guests name their cards by the slots."""
+    other = str(sparse(tmp_path / "b.img", 1 << 20))
+    places = []
+    for disks in (), ("--disk", image), ("--disk", image, "--disk", other):
+        one = machine("--net", "user", "--net", "user", *disks)
+        places.append([card for card in one.inventory() if card["name"].startswith("net")])
+        one.close()
+    assert places[0] == places[1] == places[2] == [{"name": "net0", "slot": 1}, {"name": "net1", "slot": 2}]
+
+
+def test_windows_stand_in_the_order_of_old(image):
+    one = machine("--machine", "microvm", "--net", "user", "--disk", image)
+    assert [card["name"] for card in one.inventory()] == ["vda", "net0"]
+    one.close()
+
+
+def test_a_disk_that_nobody_waits_for_any_more_stays_out(image):
+    one = machine()
+    before, there = descriptors(), one.inventory()
+    disk = DiskConfig(name="vdb", source=image, queues=4)
+    with pytest.raises(BadRequest, match="nobody waits for this device any more"):
+        one.attach_disk(disk, {}, lambda: False)
+    assert one.inventory() == there and not one.disks() and descriptors() == before
+    os.close(open_image("vdb", image))
+    with pytest.raises(GuestImageError, match="No such file"):
+        one.attach_disk(DiskConfig(name="vdb", source=image + "x"), {})
+    assert one.inventory() == there and descriptors() == before
+    one.close()
+
+
+def test_disks_that_come_and_go_take_their_descriptors_along(image):
+    """Of themselves: the collector runs when there are many objects, not when there are no descriptors."""
+    one = machine()
+    disk = DiskConfig(name="vdb", source=image, queues=16)
+    gc.collect()
+    gc.disable()
+    try:
+        seen = []
+        for _ in range(3):
+            slot = one.attach_disk(disk, {"disk:vdb": open_image("vdb", image)})
+            one.hotplug.ask(slot)
+            assert one.take_ejected(asked=True) == ["vdb"]
+            seen.append(len(os.listdir("/proc/self/fd")))
+    finally:
+        gc.enable()
+    assert seen[0] == seen[1] == seen[2]
+    one.close()
