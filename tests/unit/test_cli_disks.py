@@ -76,7 +76,7 @@ def test_domblkstat(daemon, ctl):
     assert ctl("domblkstat", "linuxvm01", "/data/vda.img")[1].startswith("/data/vda.img rd_req 1\n")
     assert ctl("domblkstat", "linuxvm01")[1].startswith(" rd_req 12\n rd_bytes 14\n")
     assert ctl("domblkstat", "linuxvm01", "vda", "--human")[1].startswith("Device: vda\n number of read operations:      1\n")
-    assert "invalid path vdx" in ctl("domblkstat", "linuxvm01", "vdx")[2]
+    assert "invalid path: vdx" in ctl("domblkstat", "linuxvm01", "vdx")[2]
     daemon.answers["GET", "/v1/domains/linuxvm01/stats"] = stats("linuxvm01", None)
     assert ctl("domblkstat", "linuxvm01", "vda")[2].endswith("error: Requested operation is not valid: domain is not running\n")
 
