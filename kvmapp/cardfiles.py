@@ -28,10 +28,14 @@ def open_vhost(interface: InterfaceConfig) -> list[int]:
         for _ in range(interface.queues):
             fds.append(os.open("/dev/vhost-net", os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        for fd in fds:
-            os.close(fd)
+        close_all(fds)
         if interface.vhost == "yes":
             raise HostError(f"Cannot open /dev/vhost-net for {interface.heading}: {error.strerror}",
                             "modprobe vhost_net, and run as root; or set vhost = auto") from None
         return []
     return fds
+
+
+def close_all(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())

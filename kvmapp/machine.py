@@ -346,21 +346,21 @@ class Machine(Removables):
         """Cards that are seldom busy share the machine's I/O thread."""
         if self.config.rng:
             from kvmapp.virtio.rng import VirtioRng
-            self._serve(VirtioRng("rng", self.memory), self.io)
+            self._plug(VirtioRng("rng", self.memory), self.io)
         for console in self.config.consoles:
             from kvmapp.virtio.console import VirtioConsole
             backend = self._character(f"console{console.index}", console)
-            self._serve(VirtioConsole(backend.name, self.memory, backend), self.io)
+            self._plug(VirtioConsole(backend.name, self.memory, backend), self.io)
         if self.config.balloon:
             from kvmapp.virtio.balloon import VirtioBalloon
-            self._serve(VirtioBalloon("balloon", self.memory, deflate_on_oom=self.config.balloon.deflate_on_oom), self.io)
+            self._plug(VirtioBalloon("balloon", self.memory, deflate_on_oom=self.config.balloon.deflate_on_oom), self.io)
         if self.config.vsock:
             from kvmapp.virtio.vsock import VirtioVsock
-            self._serve(VirtioVsock("vsock", self.memory, self.config.vsock.cid, self.config.vsock.path), self.io)
+            self._plug(VirtioVsock("vsock", self.memory, self.config.vsock.cid, self.config.vsock.path), self.io)
         for folder in self.config.filesystems:           # whose file servers were started by those who started us (fileserver.py)
             from kvmapp.virtio.fs import VirtioFs
             device = VirtioFs(f"fs-{folder.tag}", self.memory, folder.tag, self.files.pop(f"filesystem:{folder.tag}", -1))
-            self._serve(device, self._thread(f"fs {folder.tag}"))
+            self._plug(device, self._thread(f"fs {folder.tag}"))
 
     def _add_watchdog(self) -> None:
         if self.config.watchdog:
@@ -377,7 +377,7 @@ class Machine(Removables):
         if device not in self.devices:
             self.devices.append(device)
 
-    def _serve(self, device, thread: IoThread) -> None:
+    def _plug(self, device, thread: IoThread) -> None:
         """Plugs a virtio device in, whose I/O the thread does."""
         self._insert(device)
         device.run_on(thread)

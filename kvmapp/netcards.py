@@ -2,9 +2,7 @@
 
 machine.py puts them into slots. Descriptors that others opened come in `files`, under their names there (cardfiles.py).
 """
-import os
-
-from kvmapp.cardfiles import file_name, open_vhost
+from kvmapp.cardfiles import close_all, file_name, open_vhost
 from kvmapp.errors import HostError, Unsupported
 from kvmapp.iothread import IoThread
 
@@ -57,11 +55,6 @@ def make_virtio(interface: "InterfaceConfig", files: dict[str, int], memory, bac
         device.run_on(thread, [2 * pair, 2 * pair + 1])
     device.run_on(threads[0], [2 * interface.queues])                # the control queue
     return device
-
-
-def close_all(fds: list[int]) -> None:
-    while fds:
-        os.close(fds.pop())
 
 
 def make_e1000(interface: "InterfaceConfig", _files: dict[str, int], memory, backends: list, threads: list[IoThread]) -> "E1000":

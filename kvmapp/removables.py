@@ -112,13 +112,13 @@ class Removables:
 
     def _plug_disk(self, disk: "DiskConfig", files: dict[str, int]) -> str:
         from kvmapp.diskcards import make_device
-        return self._plug(*make_device(disk, files, self.memory, self.power))
+        return self._plug_removable(*make_device(disk, files, self.memory, self.power))
 
     def _plug_interface(self, interface: "InterfaceConfig", files: dict[str, int]) -> str:
         from kvmapp.netcards import make_device
-        return self._plug(*make_device(interface, files, self.memory))
+        return self._plug_removable(*make_device(interface, files, self.memory))
 
-    def _plug(self, device, threads: "list[IoThread]") -> str:
+    def _plug_removable(self, device, threads: "list[IoThread]") -> str:
         """Puts it into a slot; its name."""
         try:
             self._insert(device)

@@ -109,16 +109,15 @@ class DeviceVerbs:
         return {"device": name, "slot": slot}
 
     def verb_detach_device(self, _connection, request) -> dict:
-        self.require("running", "paused")
-        device = wanted(request, "device", str)
-        self.card(device)
-        self.machine.ask_for_card(device)
-        return {"device": device}
+        return self.detach(request, self.card)
 
     def verb_detach_disk(self, _connection, request) -> dict:
+        return self.detach(request, self.disk)
+
+    def detach(self, request, find: "Callable[[str], Any]") -> dict:
         self.require("running", "paused")
         device = wanted(request, "device", str)
-        self.disk(device)
+        find(device)
         self.machine.ask_for_card(device)
         return {"device": device}
 

@@ -1,6 +1,6 @@
 """Connections to the daemon's sockets, as many of them as are let in: the read-only socket is everybody's, and each connection is a
-descriptor that a domain may need. No user but root may have more than half of them,
-as far as the kernel tells users apart: who has uids of his own for containers is several.
+descriptor that a domain may need. No user but root may have more than half of them, as far as the kernel tells users apart: who has
+uids of his own for containers is several.
 
 One beyond the most is answered with an error before it has asked, and closed; so is, without an answer, one that has not asked for
 anything in time. A connection that has asked once is kept for as long as its client wants: it may be a stream of events.

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 SECTION = schema.DOMAIN.sections["disk"]
 DISKS = "disks"
-
 SIZES = ("capacity", "allocation", "physical")
 SECTOR = 512
 PATIENCE = 2.0                          # seconds that a query waits for a file server

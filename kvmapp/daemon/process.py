@@ -16,7 +16,9 @@ import struct
 import time
 from contextlib import suppress
 
+from kvmapp.cardfiles import close_all
 from kvmapp.client import ask_domain, connect
+from kvmapp.daemon.spawn import duplicates
 from kvmapp.daemon.threads import in_own_thread
 from kvmapp.errors import NOTHING_LEFT, ConnectionFailed, HostError, KvmappError, NoResponse, error_from_dict
 from kvmapp.values import is_label
@@ -240,9 +242,9 @@ class DomainProcess:
 
     async def ask_with_files(self, verb: str, files: dict[str, int], timeout: float, **arguments: object) -> dict:
         """As `ask`, with open descriptors (SCM_RIGHTS), on a connection of its own. They stay the caller's, who may be broken off and close
-        them while the thread is at work: it has copies. Raises OSError, too.
+        them while the thread is at work: it has copies.
         """
-        copies: list[int] = []
+        copies = duplicates(list(files.values()))
 
         def work() -> dict:
             try:
@@ -250,11 +252,10 @@ class DomainProcess:
             finally:
                 close_all(copies)
         try:
-            copies += map(os.dup, files.values())
             return await in_own_thread(work)
         except ConnectionFailed as error:
             raise NoResponse(error.message, error.hint) from None
-        except (OSError, HostError):            # there was no thread to be had, or the domain refuses: then they are closed
+        except HostError:                       # there was no thread to be had, or the domain refuses: then they are closed
             close_all(copies)
             raise
 
@@ -382,8 +383,3 @@ def resident_of(pid: int) -> int | None:
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return None
-
-
-def close_all(fds: list[int]) -> None:
-    while fds:
-        os.close(fds.pop())

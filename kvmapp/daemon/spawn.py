@@ -17,6 +17,7 @@ from contextlib import suppress
 
 import kvmapp
 from kvmapp import runtime
+from kvmapp.cardfiles import close_all
 from kvmapp.errors import HostError
 
 log = logging.getLogger("kvmapp")
@@ -209,11 +210,6 @@ def duplicates(fds: list[int]) -> list[int]:
         close_all(kept)
         raise HostError(f"Cannot hand the domain its open files: {error.strerror}") from None
     return kept
-
-
-def close_all(fds: list[int]) -> None:
-    for fd in fds:
-        os.close(fd)
 
 
 def send_rest(zygote: socket.socket, data: bytes, fds: list[int]) -> None:
