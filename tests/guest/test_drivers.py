@@ -87,7 +87,7 @@ print "passed\n";
 def relay(root_disk, tmp_path):
     script = tmp_path / "relay"
     script.write_text(PERL)
-    subprocess.run(["debugfs", "-w", "-R", f"write {script} /root/relay", root_disk], check=True, capture_output=True)
+    subprocess.run(["debugfs", "-w", "-R", f"write {script} /opt/relay", root_disk], check=True, capture_output=True)
     return root_disk
 
 
@@ -103,7 +103,7 @@ def test_vsock_streams_from_the_host_and_to_it(boot, device, relay, lab, tmp_pat
         listener.listen()
         for one in (listener, outgoing):
             one.settimeout(60)
-        guest.send("perl /root/relay")
+        guest.send("perl /opt/relay")
         guest.expect("^listening")
         outgoing.connect(str(path))
         outgoing.sendall(b"CONNECT 1234\n")

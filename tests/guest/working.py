@@ -34,7 +34,7 @@ TROUBLE = re.compile(r"stall|lockup|oops|\bbug\b|panic|hung|blocked for|error|wa
 def furnish(disk: Path) -> None:
     """Puts the loads on Debian's root disk."""
     for load in LOADS.iterdir():
-        subprocess.run(["debugfs", "-w", "-R", f"write {load} /root/{load.name}", disk], check=True, capture_output=True)
+        subprocess.run(["debugfs", "-w", "-R", f"write {load} /opt/{load.name}", disk], check=True, capture_output=True)
 
 
 def restored(file: Path) -> Guest:
@@ -111,7 +111,7 @@ class Worker:
             self.console.run("card=$(ls /sys/class/net | grep -v lo); "
                              f"ip address add {GUEST_ADDRESS}/24 dev $card; ip link set $card up")
         for load in self.loads:
-            self.console.run(f"((perl /root/{load} {arguments[load]} && echo {load} ended || echo {load} failed) &)")
+            self.console.run(f"((perl /opt/{load} {arguments[load]} && echo {load} ended || echo {load} failed) &)")
 
     def run(self, command: str) -> str:
         """What a command prints between the lines of the loads."""
