@@ -47,6 +47,7 @@ class DiskConfig(Settings):
     queues: int
     threads: int | None
     poll: int
+    slot: int | None
 
 
 class InterfaceConfig(Settings):
@@ -72,6 +73,7 @@ class InterfaceConfig(Settings):
     out_peak: int | None
     out_burst: int | None
     forwards: list[str]
+    slot: int | None
 
 
 class SerialConfig(Settings):
@@ -303,6 +305,7 @@ def check_domain(config: DomainConfig, origin: Origin) -> None:
     check_boot(config, origin)
     check_disks(config, origin)
     check_interfaces(config, origin)
+    check_slots(config, origin)
     check_character_devices(config, origin)
     check_watchdog(config, origin)
     check_filesystems(config, origin)
@@ -387,6 +390,19 @@ def check_interfaces(config: DomainConfig, origin: Origin) -> None:
             other = seen.setdefault(value, interface) if value is not None else interface
             if other is not interface:
                 origin.fail(heading, key, f"{value!r}: [{other.heading}] has it already")
+
+
+def check_slots(config: DomainConfig, origin: Origin) -> None:
+    sections: list[DiskConfig | InterfaceConfig] = [*config.interfaces, *config.disks]
+    taken: dict[int, DiskConfig | InterfaceConfig] = {}
+    for one in sections:
+        if one.slot is None:
+            continue
+        if config.machine == "microvm":
+            origin.fail(one.heading, "slot", f"'{one.slot}': a microvm has no PCI bus", "set machine = pc, or take it away")
+        other = taken.setdefault(one.slot, one)
+        if other is not one:
+            origin.fail(one.heading, "slot", f"'{one.slot}': [{other.heading}] has it already")
 
 
 def check_model(config: DomainConfig, interface: InterfaceConfig, origin: Origin) -> None:

@@ -51,6 +51,7 @@ from kvmapp.layout import (
     PORT_SYSTEM_CONTROL_A,
 )
 from kvmapp.memory import GuestMemory
+from kvmapp.places import places
 from kvmapp.removables import Removables
 from kvmapp.slots import MmioSlots, PciSlots
 from kvmapp.state import StateError, StateReader
@@ -79,14 +80,14 @@ class Machine(Removables):
                  slots: dict[str, int] | None = None, *, cache: str | None = None, warn: "Callable[[str], None] | None" = None):
         """Builds it, powered off. `files` are descriptors opened by others, by what they are for ('disk:vda', 'interface:0');
         `cache` is the folder of unpacked kernels. Of a restored guest, `cpuids` are the CPUID entries that each vCPU has seen,
-        `slots` where its cards stand, and `warn` hears of places that this host lacks.
+        `slots` where its cards stand (not where the configuration has them), and `warn` hears of places that this host lacks.
 
         Raises KvmappError, and then nothing is left open.
         """
         self.config, self.cache = config, cache
         self.files = files or {}
         self.cpuids: list = cpuids or []
-        self.kept_slots = slots
+        self.kept_slots = places(config) if slots is None else slots
         self.devices: list[Device] = []
         self.cards: dict[str, Any] = {}                 # by name of the virtio device: its card or window
         self.threads: list[IoThread] = []
@@ -323,7 +324,7 @@ class Machine(Removables):
         pci = PciHost("pci", pio, mmio, irqs, mmio64_base=self.window64[0] if self.window64 else 0, reset_control=reset_control)
         self._place(pci, pio, PORT_PCI_CONFIG_ADDRESS, 8)
         self._place(pci, mmio, PCI_ECAM_BASE, PCI_ECAM_SIZE, ECAM_OFFSET)
-        self.slots = PciSlots(pci, irqs, config.virtio, {} if self.kept_slots is None else self.kept_slots)
+        self.slots = PciSlots(pci, irqs, config.virtio, self.kept_slots)
         self.vm.set_level_triggered()
         self.hotplug = PciHotplug("pci-hotplug", self.acpi_pm)
         self._place(self.hotplug, pio, PORT_PCI_HOTPLUG, PORT_PCI_HOTPLUG_SIZE)
@@ -335,12 +336,11 @@ class Machine(Removables):
             self._place(Ns16550(backend.name, self.vm.interrupts.line(gsi), backend), self.vm.pio, port, 8)
 
     def _add_disks_and_interfaces(self) -> None:
-        """On a PCI bus network cards come first, so that one more disk moves none of them at the next boot: guests name them by their
-        slots. Windows, and cards of a saved machine that does not tell of slots, come in the order that they always had."""
-        disks: list[tuple[Callable, Any]] = [(self._plug_disk, disk) for disk in self.config.disks]
-        interfaces: list[tuple[Callable, Any]] = [(self._plug_interface, interface) for interface in self.config.interfaces]
-        for plug, section in interfaces + disks if self.hotplug and self.kept_slots is None else disks + interfaces:
-            plug(section, self.files)
+        """In the order of windows, and of the cards of a saved machine that does not tell of slots."""
+        for disk in self.config.disks:
+            self._plug_disk(disk, self.files)
+        for interface in self.config.interfaces:
+            self._plug_interface(interface, self.files)
 
     def _add_virtio_extras(self) -> None:
         """Cards that are seldom busy share the machine's I/O thread."""

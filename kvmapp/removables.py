@@ -8,7 +8,7 @@ from kvmapp.errors import BadRequest, Unsupported
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from typing import Any
 
     from kvmapp.config import DiskConfig, InterfaceConfig
@@ -45,16 +45,26 @@ class Removables:
 
     def attach_disk(self, disk: "DiskConfig", files: dict[str, int], wanted: "Callable[[], bool]" = lambda: True) -> int:
         """As attach_interface."""
-        return self._attach(lambda: self._plug_disk(disk, files), wanted)
+        return self._attach(disk.name, disk.slot, self.disks(), lambda: self._plug_disk(disk, files), wanted)
 
     def attach_interface(self, interface: "InterfaceConfig", files: dict[str, int], wanted: "Callable[[], bool]" = lambda: True) -> int:
-        """A network card for the guest as it runs; the slot. Takes what it uses out of `files`. The guest hears nothing of it where it is
-        not `wanted` any more when it is made, which may take long. Raises KvmappError, OSError."""
-        return self._attach(lambda: self._plug_interface(interface, files), wanted)
+        """A network card for the guest as it runs; the slot: its own, or one behind those of its kind. Takes what it uses out of `files`.
+        The guest hears nothing of it where it is not `wanted` any more when it is made, which may take long.
 
-    def _attach(self, plug: "Callable[[], str]", wanted: "Callable[[], bool]") -> int:
+        Raises KvmappError, OSError.
+        """
+        return self._attach(f"net{interface.index}", interface.slot, self.network_cards(),
+                            lambda: self._plug_interface(interface, files), wanted)
+
+    def _attach(self, name: str, slot: int | None, peers: "Iterable[str]", plug: "Callable[[], None]",
+                wanted: "Callable[[], bool]") -> int:
         self._require_hotplug()
-        name = plug()
+        self.slots.reserve(name, slot, peers)
+        try:
+            plug()
+        except BaseException:
+            self.slots.release(name)
+            raise
         try:
             if not wanted():
                 raise BadRequest("nobody waits for this device any more")
@@ -110,16 +120,16 @@ class Removables:
             raise Unsupported(f"Domain '{self.config.name}' has no ACPI, so its guest cannot be told of devices that come and go",
                               "set acpi = yes in its file, or change the file and start it anew")
 
-    def _plug_disk(self, disk: "DiskConfig", files: dict[str, int]) -> str:
+    def _plug_disk(self, disk: "DiskConfig", files: dict[str, int]) -> None:
         from kvmapp.diskcards import make_device
-        return self._plug_removable(*make_device(disk, files, self.memory, self.power))
+        self._plug_removable(*make_device(disk, files, self.memory, self.power))
 
-    def _plug_interface(self, interface: "InterfaceConfig", files: dict[str, int]) -> str:
+    def _plug_interface(self, interface: "InterfaceConfig", files: dict[str, int]) -> None:
         from kvmapp.netcards import make_device
-        return self._plug_removable(*make_device(interface, files, self.memory))
+        self._plug_removable(*make_device(interface, files, self.memory))
 
-    def _plug_removable(self, device, threads: "list[IoThread]") -> str:
-        """Puts it into a slot; its name."""
+    def _plug_removable(self, device, threads: "list[IoThread]") -> None:
+        """Puts it into its slot."""
         try:
             self._insert(device)
         except BaseException:
@@ -129,4 +139,3 @@ class Removables:
             raise
         self.card_threads[device.name] = threads
         self.threads += threads
-        return device.name

@@ -107,6 +107,12 @@ def character_settings(what: str) -> tuple[Setting, ...]:
     )
 
 
+def slot_setting(example: str, text: str) -> Setting:
+    return Setting("slot", Integer(1, 31), example=example,
+                   help=f"The slot of the PCI bus where the card stands; a free one behind those of its kind when absent.{text} The verbs "
+                        "that attach and detach write it where a card would otherwise move.")
+
+
 def rate_settings(way: str, where: str) -> tuple[Setting, ...]:
     """libvirt's <bandwidth>, and its units."""
     rate = Integer(1, 4 << 20)
@@ -259,6 +265,7 @@ DOMAIN = File(
         Setting("poll", Integer(0, 1000), 0,
                 help="Microseconds for which such a thread, before it sleeps, looks for the next request by itself, as long as that pays: "
                      "less latency for more CPU time of the host. 0: never."),
+        slot_setting("10", " Guests count disks in the order of their slots."),
         attribute="disks", option="--disk",
         word=Setting("name", DiskName(), required=True, example="vda", help="The guest's name for the disk."),
         help="A virtio disk."),
@@ -298,6 +305,7 @@ DOMAIN = File(
         Setting("forwards", ListOf(Forward()), example="tcp:127.0.0.1:2222:22",
                 help="For type user: ports of the host that lead to the guest, each tcp:[ADDRESS:]PORT:GUESTPORT; without an "
                      "address 127.0.0.1."),
+        slot_setting("9", " Guests name cards by it: ens9."),
         attribute="interfaces", option="--net",
         word=Setting("index", Integer(0, 31), required=True, example="0", help="Numbers the cards from 0."),
         help="A network card."),

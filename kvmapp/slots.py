@@ -5,6 +5,7 @@ of the windows it is told by ACPI or on its command line (boot/).
 """
 from kvmapp.errors import StateError, Unsupported
 from kvmapp.layout import VIRTIO_MMIO_BASE, VIRTIO_MMIO_GSIS, VIRTIO_MMIO_GSIS_ACPI
+from kvmapp.places import PCI_SLOTS, free_place
 from kvmapp.virtio.transitional import virtio_card
 
 TYPE_CHECKING = False
@@ -17,14 +18,12 @@ if TYPE_CHECKING:
     from kvmapp.hw.pci_host import PciHost
     from kvmapp.virtio.device import VirtioDevice
 
-PCI_SLOTS = 32
-
 
 class PciSlots:
-    """The slots of bus 0 from 1 up; `mode` is the domain's setting `virtio`, `kept` the slots where a restored guest knows its cards."""
+    """The slots of bus 0 from 1 up; `mode` is the domain's setting `virtio`, `kept` the slots of cards that are to come."""
 
     def __init__(self, host: "PciHost", interrupts: "Interrupts", mode: str, kept: dict[str, int]):
-        """Raises StateError for slots that no bus has."""
+        """Raises StateError for slots that no bus has: they come from a saved state."""
         self.host, self.interrupts, self.mode = host, interrupts, mode
         if not isinstance(kept, dict) or not all(type(slot) is int and 0 < slot < PCI_SLOTS for slot in kept.values()) or \
                 len(set(kept.values())) < len(kept):
@@ -33,25 +32,33 @@ class PciSlots:
 
     def plug(self, device: "VirtioDevice"):
         """A card in its slot."""
-        self.free_slot(device.name)                      # asked first: a card has interrupt vectors to give back
+        self.reserve(device.name)                        # first: a card has interrupt vectors to give back
         card = virtio_card(device, self.interrupts, self.mode)
         self.attach(card)
         return card
 
     def attach(self, function: "PciFunction") -> None:
         """Any card, into its slot."""
-        self.host.attach(self.free_slot(function.name), function)
-        self.kept.pop(function.name, None)
+        self.reserve(function.name)
+        self.host.attach(self.kept.pop(function.name), function)
 
-    def free_slot(self, name: str) -> int:
-        """The slot that is kept for this card, or the first that is free."""
+    def reserve(self, name: str, slot: int | None = None, behind: "Iterable[str]" = ()) -> None:
+        """Keeps this slot for a card that comes, unless one is kept for it; without `slot` a free one, behind these cards if there is
+        any. Raises Unsupported."""
         if name in self.kept:
-            return self.kept[name]
-        taken = {slot for slot, _ in self.host.slots()} | set(self.kept.values())
-        slot = next((number for number in range(1, PCI_SLOTS) if number not in taken), None)
+            return
+        there = {**self.places(), **self.kept}
         if slot is None:
-            raise Unsupported(f"There is no free PCI slot for {name}", "take another device out")
-        return slot
+            slot = free_place(set(there.values()), max((there[one] for one in behind), default=0))
+            if slot is None:
+                raise Unsupported(f"There is no free PCI slot for {name}", "take another device out")
+        elif other := next((one for one in there if there[one] == slot), None):
+            raise Unsupported(f"PCI slot {slot} is not free for {name}: {other} stands there", "without a slot it gets a free one")
+        self.kept[name] = slot
+
+    def release(self, name: str) -> None:
+        """No card comes."""
+        self.kept.pop(name, None)
 
     def unplug(self, name: str):
         """Takes a card out of its slot and answers it."""

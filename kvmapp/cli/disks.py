@@ -8,7 +8,7 @@ from kvmapp.cli.cards import NOT_BOTH, PERSISTENT, SCOPE, where
 from kvmapp.cli.saving import abortable
 from kvmapp.cli.table import SIZE, argument, domain, flag, value, verb
 from kvmapp.client import of
-from kvmapp.errors import DomainNotRunning, HostError, UsageError
+from kvmapp.errors import DomainNotRunning, HostError, KvmappError, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -34,18 +34,32 @@ def disk(name: str, **more) -> Option:
       value("cache", "writeback, none or unsafe: see kvmapp-domain(5)", choices=("writeback", "none", "unsafe")),
       value("io", "how requests reach the host", choices=("auto", "io_uring", "threads")),
       value("mode", "readonly: the guest may not write", choices=("readonly",)),
-      value("serial", "the serial number that the guest reads"), PERSISTENT, *SCOPE,
+      value("serial", "the serial number that the guest reads"),
+      value("address", "its slot on the PCI bus, as pci:0000.00.SLOT.0, in hexadecimal", named=True), PERSISTENT, *SCOPE,
       text="The file has to be there (truncate -s 20G FILE makes an empty one). A running guest is told of the disk through ACPI, and has "
            "it at once; it gives disks names of its own, in the order in which it finds them: go by --serial, which it shows as "
            "/dev/disk/by-id/virtio-SERIAL.",
       failure="Failed to attach disk", exclusive=NOT_BOTH)
 def attach_disk(session, given):
     settings = {"source": os.path.abspath(given.source), "bus": given.targetbus, "format": given.subdriver, "cache": given.cache,
-                "io": given.io, "serial": given.serial, "readonly": "yes" if given.mode else None}
+                "io": given.io, "serial": given.serial, "readonly": "yes" if given.mode else None,
+                "slot": None if given.address is None else slot_of(given.address)}
     with abortable(session, f"opening {given.source}", given.domain):
         changed = session.daemon.post(of(given.domain, "disks"), name=given.target,
                                       settings={key: text for key, text in settings.items() if text}, **where(given))
     session.done(changed, "Disk attached successfully")
+
+
+def slot_of(address: str) -> str:
+    """virsh's pci:DOMAIN.BUS.SLOT.FUNCTION as the setting `slot`."""
+    kind, _, numbers = address.partition(":")
+    try:
+        domain_number, bus, slot, function = (int(number, 16) for number in numbers.split("."))
+    except ValueError:
+        raise UsageError(f"Invalid address: {address}", "--address pci:0000.00.09.0") from None
+    if kind != "pci" or domain_number or bus or function or not 0 < slot < 32:
+        raise UsageError(f"Invalid address: {address}: disks stand in slots 01 to 1f of PCI bus 0", "--address pci:0000.00.09.0")
+    return str(slot)
 
 
 @verb("detach-disk", "take a disk out of a domain", domain(), disk("target", required=True), PERSISTENT, *SCOPE,
@@ -128,6 +142,6 @@ def counter_lines(device: str, counts: dict, human: bool) -> str:
 def chosen(name: str, path: str, disks: list[dict], otherwise: str) -> dict:
     found = next((one for one in disks if path in (one["name"], one["source"])), None)
     if found is None:
-        raise UsageError(otherwise,
-                         f"it has: {', '.join(one['name'] for one in disks) or 'none'}; see kvmappctl domblklist {name}")
+        raise KvmappError(otherwise,
+                          f"it has: {', '.join(one['name'] for one in disks) or 'none'}; see kvmappctl domblklist {name}")
     return found

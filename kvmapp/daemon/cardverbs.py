@@ -6,7 +6,7 @@ from kvmapp.config import DomainConfig
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain, interface_view
 from kvmapp.daemon.netverbs import parsed
-from kvmapp.daemon.plugging import change_file, change_live, changed, chosen, configs, plug_in, unplug
+from kvmapp.daemon.plugging import change_file, change_live, changed, chosen, configs, plug_in, slot_in_file, unplug
 from kvmapp.daemon.taps import open_tap
 from kvmapp.errors import KvmappError, NameInUse, Unsupported, UsageError
 from kvmapp.values import make_mac
@@ -31,11 +31,13 @@ async def interface_attach(call: Call) -> dict:
 
         def add(cards: list[dict]) -> list[dict]:
             return [*cards, {"index": index, **settings}]
-        after = [changed(one, CARDS, add) for one in targets]
+        after = [changed(domain, one, CARDS, add) for one in targets]
+        slot = None
         if live:
-            await plug(call, domain, after[0], card_of(after[0], index))
+            slot = await plug(call, domain, after[0], card_of(after[0], index))
             change_live(domain, CARDS, add)
         if config:
+            settings.setdefault("slot", slot_in_file(call, domain, CARDS, slot))
             change_file(call, domain, CARDS, add)
         return answer(call, domain, card_of(after[0], index), live)
 
@@ -68,7 +70,7 @@ async def interface_update(call: Call) -> dict:
 
         def alter(was: InterfaceConfig) -> Change:
             return lambda cards: [{**card, **settings} if card["index"] == was.index else card for card in cards]
-        after = [changed(one, CARDS, alter(was)) for one, was in zip(targets, before, strict=True)]
+        after = [changed(domain, one, CARDS, alter(was)) for one, was in zip(targets, before, strict=True)]
         if live:
             await apply_live(call, domain, before[0], card_of(after[0], before[0].index))
             change_live(domain, CARDS, alter(before[0]))
@@ -130,8 +132,8 @@ def answer(call: Call, domain: Domain, card: InterfaceConfig, live: bool) -> dic
 
 # The running domain.
 
-async def plug(call: Call, domain: Domain, config: DomainConfig, card: InterfaceConfig) -> None:
-    """Makes its tap, hands it to the domain process. Raises KvmappError; then nothing of it is left."""
+async def plug(call: Call, domain: Domain, config: DomainConfig, card: InterfaceConfig) -> int | None:
+    """Makes its tap, hands it to the domain process: the slot. Raises KvmappError; then nothing of it is left."""
     supervisor = call.supervisor
     domain.want_active()
     for other in supervisor.active():
@@ -144,7 +146,7 @@ async def plug(call: Call, domain: Domain, config: DomainConfig, card: Interface
         if tap and tap.made:
             await supervisor.cards.settle(domain.name, card, tap.name, bridge)
         supervisor.networks.expect(config)
-        await plug_in(domain, "attach-device", files, interface=card.to_dict())
+        slot = await plug_in(domain, "attach-device", files, interface=card.changes())
     except BaseException:
         if tap:
             supervisor.cards.release(domain.name, tap.name)
@@ -156,6 +158,7 @@ async def plug(call: Call, domain: Domain, config: DomainConfig, card: Interface
         raise KvmappError(f"Domain '{domain.name}' ended meanwhile")
     if tap:
         domain.record.taps[str(card.index)] = tap.name
+    return slot
 
 
 async def apply_live(call: Call, domain: Domain, before: InterfaceConfig, after: InterfaceConfig) -> None:

@@ -10,7 +10,7 @@ from kvmapp import schema
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain
 from kvmapp.daemon.netverbs import parsed
-from kvmapp.daemon.plugging import change_file, change_live, changed, chosen, configs, plug_in, unplug
+from kvmapp.daemon.plugging import change_file, change_live, changed, chosen, configs, plug_in, slot_in_file, unplug
 from kvmapp.daemon.starting import check_disks, identities
 from kvmapp.daemon.threads import in_own_thread
 from kvmapp.errors import HostError, KvmappError, NameInUse, UsageError
@@ -45,17 +45,19 @@ async def disk_attach(call: Call) -> dict:
 
         def add(disks: list[dict]) -> list[dict]:
             return [*disks, {"name": name, **settings}]
-        after = [changed(one, DISKS, add) for one in targets]
+        after = [changed(domain, one, DISKS, add) for one in targets]
+        slot = None
         if live:
-            await plug(call, domain, next(disk for disk in after[0].disks if disk.name == name), job)
+            slot = await plug(call, domain, next(disk for disk in after[0].disks if disk.name == name), job)
             change_live(domain, DISKS, add)
         if config:
+            settings.setdefault("slot", slot_in_file(call, domain, DISKS, slot))
             change_file(call, domain, DISKS, add)
     return call.changed(domain)
 
 
-async def plug(call: Call, domain: Domain, disk: DiskConfig, job: Job) -> None:
-    """Opens and locks its file, which the domain process may not, and hands it over. Raises KvmappError."""
+async def plug(call: Call, domain: Domain, disk: DiskConfig, job: Job) -> int | None:
+    """Opens and locks its file, which the domain process may not, and hands it over: the slot. Raises KvmappError."""
     domain.want_active()
     job.progress, job.abortable = f"opening {disk.source}", True            # whose file server may never answer
     files = await in_own_thread(identities, [disk])
@@ -63,12 +65,13 @@ async def plug(call: Call, domain: Domain, disk: DiskConfig, job: Job) -> None:
     fd = await in_own_thread(partial(open_image, disk.name, disk.source, read_only=disk.readonly), unwanted=os.close)
     job.progress, job.abortable = None, False
     try:
-        await plug_in(domain, "attach-disk", {f"disk:{disk.name}": fd}, disk=disk.to_dict())
+        slot = await plug_in(domain, "attach-disk", {f"disk:{disk.name}": fd}, disk=disk.changes())
     finally:
         os.close(fd)                    # it stays open, and locked, as the domain's
     if domain.record is None:
         raise KvmappError(f"Domain '{domain.name}' ended meanwhile")
     domain.record.disks += files
+    return slot
 
 
 async def disk_detach(call: Call) -> dict:

@@ -1,7 +1,8 @@
 """What comes and goes while a domain runs: in its file, in the running domain, or in both.
 
 As in virsh, the running domain and its file are two things, and `live` and `config` choose. Both new configurations are checked
-before either is changed; the running domain comes first, for it is what can refuse. `kind` is DomainConfig's attribute: interfaces, disks.
+before either is changed; the running domain comes first, for it is what can refuse. In the file no card moves to another slot because one
+comes or goes. `kind` is DomainConfig's attribute: interfaces, disks.
 """
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from kvmapp.daemon.actions import change_stored, scope
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain, removable
 from kvmapp.errors import Unsupported
+from kvmapp.places import PCI_SLOTS, keep_places, last_place, places
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,8 +44,13 @@ def configs(domain: Domain, live: bool, config: bool) -> list[DomainConfig]:
     return [*found, domain.want_persistent()] if config else found
 
 
-def changed(config: DomainConfig, kind: str, change: Change) -> DomainConfig:
-    return DomainConfig.from_dict({**config.to_dict(), kind: change(sections(config, kind))})
+def changed(domain: Domain, config: DomainConfig, kind: str, change: Change) -> DomainConfig:
+    """Checked. Raises ConfigError."""
+    after = DomainConfig.from_dict({**config.to_dict(), kind: change(sections(config, kind))})
+    if config is domain.live:                   # whose cards stand where they stand
+        return after
+    keep_places(config, after)
+    return DomainConfig.from_dict(after.to_dict())
 
 
 def sections(config: DomainConfig, kind: str) -> list[dict]:
@@ -60,16 +67,26 @@ def change_live(domain: Domain, kind: str, change: Change) -> None:
     """Of the devices that are there by now: the guest may have let go of one while the verb was at work."""
     domain.want_active()
     assert domain.live
-    set_live(domain, changed(domain.live, kind, change))
+    set_live(domain, changed(domain, domain.live, kind, change))
 
 
 def change_file(call: Call, domain: Domain, kind: str, change: Change) -> None:
-    change_stored(call, domain, lambda stored: {kind: change(sections(stored, kind))})
+    change_stored(call, domain, lambda stored: changed(domain, stored, kind, change).to_dict())
 
 
-async def plug_in(domain: Domain, verb: str, files: dict[str, int], **section: dict) -> None:
-    """Hands a device to the domain process, which tells the guest. `files`: what was opened for it; they stay the caller's to close."""
-    await domain.told(domain.want_active().ask_with_files(verb, files, ATTACH_TIMEOUT, **section), COME_AND_GO)
+def slot_in_file(call: Call, domain: Domain, kind: str, slot: int | None) -> int | None:
+    """The slot that a device has got in the running domain, if it can have that at the next start too and changes the order of none."""
+    call.supervisor.refresh()
+    stored = domain.want_persistent()
+    return slot if slot is not None and slot > last_place(stored, kind) and slot not in places(stored).values() else None
+
+
+async def plug_in(domain: Domain, verb: str, files: dict[str, int], **section: dict) -> int | None:
+    """Hands a device to the domain process, which tells the guest: the slot. `files`: what was opened for it; they stay the caller's to
+    close."""
+    answer = await domain.told(domain.want_active().ask_with_files(verb, files, ATTACH_TIMEOUT, **section), COME_AND_GO)
+    slot = answer.get("slot")
+    return slot if type(slot) is int and 0 < slot < PCI_SLOTS else None
 
 
 async def unplug(domain: Domain, verb: str, device: str, what: str, warnings: list[str]) -> None:

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from kvmapp.config import DiskConfig, config_from_options
-from kvmapp.errors import BadRequest, GuestImageError
+from kvmapp.config import DiskConfig, InterfaceConfig, config_from_options
+from kvmapp.errors import BadRequest, GuestImageError, Unsupported
 from kvmapp.imagefile import open_image
 from kvmapp.machine import Machine
 from kvmapp.options import part_arguments, run_options
@@ -40,6 +40,38 @@ def test_one_more_disk_moves_no_network_card(tmp_path, image):
         places.append([card for card in one.inventory() if card["name"].startswith("net")])
         one.close()
     assert places[0] == places[1] == places[2] == [{"name": "net0", "slot": 1}, {"name": "net1", "slot": 2}]
+
+
+def test_a_card_that_came_stands_where_the_file_has_it_then(image):
+    one = machine("--net", "user", "--disk", image)
+    interface = one.config.interfaces[0]
+    slot = one.attach_interface(InterfaceConfig(index=1, type="user", mac="52:54:00:00:00:07"), {})
+    assert slot == 1 + max(card["slot"] for card in one.inventory() if card["name"] != "net1")
+    assert one.attach_interface(InterfaceConfig(index=2, type="user", mac="52:54:00:00:00:08", slot=29), {}) == 29
+    with pytest.raises(Unsupported, match="PCI slot 29 is not free for net3: net2 stands there"):
+        one.attach_interface(InterfaceConfig(index=3, type="user", mac="52:54:00:00:00:09", slot=29), {})
+    there = [card for card in one.inventory() if card["name"].startswith("net")]
+    one.close()
+    again = machine("--net", f"user,mac={interface.mac}", "--net", f"user,slot={slot}", "--net", "user,slot=29", "--disk", image)
+    assert [card for card in again.inventory() if card["name"].startswith("net")] == there
+    again.close()
+
+
+def test_a_slot_is_free_again_when_its_card_could_not_be_made(image):
+    one = machine()
+    with pytest.raises(GuestImageError, match="No such file"):
+        one.attach_disk(DiskConfig(name="vdb", source=image + "x", slot=20), {})
+    assert one.attach_disk(DiskConfig(name="vdc", source=image, slot=20), {}) == 20
+    one.close()
+
+
+def test_a_disk_that_comes_stands_behind_the_others(image, tmp_path):
+    """For guests count them in the order of their slots; even where a slot before them has become free."""
+    one = machine("--net", "user", "--disk", image)
+    one.hotplug.ask(one.slots.slot_of("net0"))
+    assert one.take_ejected(asked=True) == ["net0"]
+    assert one.attach_disk(DiskConfig(name="vdb", source=str(sparse(tmp_path / "b.img", 1 << 20))), {}) > one.slots.slot_of("vda")
+    one.close()
 
 
 def test_windows_stand_in_the_order_of_old(image):

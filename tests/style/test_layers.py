@@ -48,7 +48,7 @@ FLOORS = {
 # Rooms that everybody may use; they look into no other.
 SHARED = {"errors", "state", "schema", "layout", "config", "client", "check", "values", "settings", "cpuset", "ini", "initree", "runtime",
           "kvmstats", "laying", "licences", "options", "samples", "hostinfo", "install", "hostconfig", "probe", "statefile",
-          "unixsocket", "fileserver", "cardfiles", "imagefile", "imagelocks", "__init__", "__main__"}
+          "unixsocket", "fileserver", "cardfiles", "imagefile", "imagelocks", "places", "__init__", "__main__"}
 IMPORT = re.compile(r"^\s*(?:from\s+(kvmapp(?:\.\w+)*)\s+c?import\s+([\w, ()]+)|c?import\s+(kvmapp(?:\.\w+)+))", re.MULTILINE)
 
 

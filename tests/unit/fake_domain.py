@@ -20,6 +20,7 @@ class FakeDomain:
         self.config, self.control, self.run_dir = config, control, run_dir
         self.files, self.came = files, []
         self.links = {}
+        self.slot = 7                   # the last one that is taken
         self.cards = [f"net{one.index}" for one in config.interfaces] + [one.name for one in config.disks]
         self.tuned = {}
         self.behaviour = set((config.description or "").split())
@@ -171,9 +172,11 @@ class FakeDomain:
                 os.close(fd)
             raise Refusal(error("wrong-state", "no slot is free"))
         self.files |= dict(zip(request["files"], came, strict=True))
-        name = request["disk"]["name"] if request["verb"] == "attach-disk" else f"net{request['interface']['index']}"
+        section = request.get("disk") or request["interface"]
+        name = section.get("name") or f"net{section['index']}"
         self.cards.append(name)
-        return {"device": name, "slot": 5}
+        self.slot += 1
+        return {"device": name, "slot": section.get("slot", self.slot)}
 
     def verb_detach_device(self, _client, request):
         name = request["device"]

@@ -76,7 +76,9 @@ def test_domblkstat(daemon, ctl):
     assert ctl("domblkstat", "linuxvm01", "/data/vda.img")[1].startswith("/data/vda.img rd_req 1\n")
     assert ctl("domblkstat", "linuxvm01")[1].startswith(" rd_req 12\n rd_bytes 14\n")
     assert ctl("domblkstat", "linuxvm01", "vda", "--human")[1].startswith("Device: vda\n number of read operations:      1\n")
-    assert "invalid path: vdx" in ctl("domblkstat", "linuxvm01", "vdx")[2]
+    assert ctl("domblkstat", "linuxvm01", "vdx")[2] == (
+        "error: Failed to get block stats linuxvm01 vdx\nerror: invalid path: vdx\n"
+        "hint: it has: vda, vdb; see kvmappctl domblklist linuxvm01\n")
     daemon.answers["GET", "/v1/domains/linuxvm01/stats"] = stats("linuxvm01", None)
     assert ctl("domblkstat", "linuxvm01", "vda")[2].endswith("error: Requested operation is not valid: domain is not running\n")
 
@@ -88,10 +90,19 @@ def test_domblkstat(daemon, ctl):
      {"name": "vdb", "settings": {"source": "/data/y.img", "bus": "virtio", "format": "raw", "cache": "none", "io": "threads",
                                   "serial": "Y", "readonly": "yes"}, "live": True}),
     (["--source", "/data/../y.img", "--target", "vdb", "--persistent"],
-     {"name": "vdb", "settings": {"source": "/y.img"}, "persistent": True})])
+     {"name": "vdb", "settings": {"source": "/y.img"}, "persistent": True}),
+    (["/y.img", "vdb", "--address", "pci:0000.00.0x1f.0x0"], {"name": "vdb", "settings": {"source": "/y.img", "slot": "31"}})])
 def test_attach_disk(daemon, ctl, words, body):
     assert ctl("attach-disk", "linuxvm01", *words) == (0, "Disk attached successfully\n\n", "")
     assert daemon.requests[-1] == ("POST", "/v1/domains/linuxvm01/disks", body)
+
+
+@pytest.mark.parametrize("address", ["", "9", "pci:9", "pci:0000.00.09", "pci:0000.00.xx.0", "usb:0000.00.09.0", "pci:0001.00.09.0",
+                                     "pci:0000.01.09.0", "pci:0000.00.09.1", "pci:0000.00.00.0", "pci:0000.00.20.0"])
+def test_attach_disk_at_no_address(daemon, ctl, address):
+    status, _, error = ctl("attach-disk", "linuxvm01", "/y.img", "vdb", "--address", address)
+    assert status == 1 and error.startswith(f"error: Invalid address: {address}") and error.endswith("hint: --address pci:0000.00.09.0\n")
+    assert not daemon.requests
 
 
 def test_attach_disk_by_a_path_from_here(daemon, ctl, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from kvmapp import errors
 from tests.unit.daemon.host import UUID
 
-MAC = "52:54:00:00:00:01"
+MAC, OTHER = "52:54:00:00:00:01", "52:54:00:00:00:02"
 USER = f"[interface 0]\ntype = user\nmac = {MAC}\n"
 
 
@@ -55,6 +55,41 @@ def test_a_card_is_detached_when_the_guest_has_let_go(running):
     assert cards(running) == {} and "interface" not in running.file("web").read_text()
     with pytest.raises(errors.UsageError, match="No interface found whose type is user"):
         running.post("web", "interfaces", "detach", type="user")
+
+
+def test_cards_stay_in_their_slots(running):
+    """By which guests name them."""
+    running.add("web", rest=USER + f"[interface 1]\ntype = user\nmac = {OTHER}\n")
+    running.post("web", "start")
+    made = running.post("web", "interfaces", settings={"type": "user"}, persistent=True)["interface"]["mac"]
+    assert slots(running) == {MAC: None, OTHER: None, made: 8}, "where it stands in the running domain"
+    running.post("web", "interfaces", "detach", interface=MAC, persistent=True)
+    assert slots(running) == {OTHER: 2, made: 8}
+    first = running.post("web", "interfaces", settings={"type": "user"}, config=True)["interface"]["mac"]
+    assert slots(running) == {first: None, OTHER: 2, made: 8} and running.domain("web")["interfaces"][0]["mac"] == OTHER
+    running.post("web", "interfaces", settings={"type": "user", "mac": MAC, "slot": "30"}, persistent=True)
+    assert slots(running)[MAC] == 30
+    with pytest.raises(errors.ConfigError, match=r"slot = '30': \[interface 3\] has it already"):
+        running.post("web", "interfaces", settings={"type": "user", "slot": "30"}, persistent=True)
+    assert len(slots(running)) == 4 and len(running.domain("web")["interfaces"]) == 3
+
+
+def test_a_slot_that_would_change_the_order_of_cards_is_not_written(running):
+    running.add("web", rest=USER + "slot = 20\n")
+    running.post("web", "start")
+    running.post("web", "interfaces", settings={"type": "user", "mac": OTHER}, persistent=True)
+    assert slots(running) == {MAC: 20, OTHER: None}
+
+
+def test_in_the_file_of_a_machine_without_pci_cards_have_no_slots(running):
+    running.add("web", machine="microvm", rest=f"{USER}[interface 1]\ntype = user\nmac = {OTHER}\n")
+    running.post("web", "interfaces", "detach", interface=MAC)
+    assert slots(running) == {OTHER: None}
+
+
+def slots(host):
+    """By MAC address, in the file."""
+    return {mac: card["slot"] for mac, card in cards(host, inactive=True).items()}
 
 
 def test_a_guest_that_keeps_its_card_is_told_of(host):

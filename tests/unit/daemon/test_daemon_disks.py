@@ -54,6 +54,16 @@ def test_a_disk_is_attached_to_the_file_to_the_running_domain_or_both(host):
     assert list(disks(host)) == ["vda", "vdb", "vdc", "vdd"], "the next daemon knows of them"
 
 
+def test_a_disk_stands_at_the_next_start_where_it_stood_in_the_running_guest(running):
+    with_disk(running)
+    running.post("web", "start")
+    running.post("web", "disks", name="vdb", settings={"source": image(running, "b")}, persistent=True)
+    running.post("web", "disks", name="vdc", settings={"source": image(running, "c"), "slot": "30"}, persistent=True)
+    running.post("web", "disks", "detach", disk="vda", persistent=True)
+    disks = running.get("web", "config", inactive=1)["config"]["disks"]
+    assert [(disk["name"], disk["slot"]) for disk in disks] == [("vdb", 8), ("vdc", 30)]
+
+
 def test_the_domain_gets_the_file_open_and_locked(running):
     with_disk(running)
     running.post("web", "start")
