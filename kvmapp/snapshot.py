@@ -27,16 +27,17 @@ if TYPE_CHECKING:
 
 VERSION = 2                                             # 1 did not tell whether the domain was paused
 CPUID_ENTRIES_MOST = 256
-# What of a configuration is the host's side and may be another one at the restore. Everything else the guest has seen.
+# What of a configuration is the host's side and may be another one at the restore. Everything else the guest has seen, but slots: cards
+# stand where the saved machine had them.
 HOST_SECTIONS = {"cputune", "vcpu", "numatune", "memtune"}         # as a whole: they may be there or not
 HOST_SIDE: dict[str, set[str]] = {
     "": {"name", "uuid", "title", "description", "current_memory", "hugepages", "thp", "ksm", "prealloc",
          "locked", "cpu", "on_poweroff", "on_reboot", "on_crash", "autostart_order",
          "autostart_delay"},
     "boot": {"kernel", "initrd", "cmdline", "unpack"},
-    "disk": {"source", "cache", "error_policy", "io", "threads", "poll"},
+    "disk": {"source", "cache", "error_policy", "io", "threads", "poll", "slot"},
     "interface": {"type", "source", "target", "forwards", "link", "vhost", "vlan", "filter", "addresses",
-                  "in_average", "in_peak", "in_burst", "out_average", "out_peak", "out_burst"},
+                  "in_average", "in_peak", "in_burst", "out_average", "out_peak", "out_burst", "slot"},
     "serial": {"type", "path", "log"},
     "console": {"type", "path", "log"},
     "watchdog": {"action"},

@@ -55,6 +55,7 @@ class Domain(DeviceVerbs):
         self.server: ControlServer | None = None
         self.reboot_asked = False
         self.saving: Saving | None = None
+        self.saver: object = None                       # the connection whose end is that of a saving to its descriptor
         self.saved_from = self.state, self.reason       # what the domain goes back to when the saving fails
         self.mark: Callable[[str], None] | None = None  # hears of the points of a start
         self.warnings: list[str] = []                   # of a restored machine, for whoever asked for it
@@ -304,38 +305,39 @@ class Domain(DeviceVerbs):
         if not isinstance(config, dict | None):
             raise BadRequest("'config' is no configuration")
 
-        def answer(error: KvmappError | None) -> None:
-            connection.on_close = (lambda: self.save_undone(None)) if error is None and path is None else None
-            connection.answer(number, error=error)
+        self.save(lambda error: connection.answer(number, error=error), path or "", -1 if path else connection.take_fd(), paused, config)
+        self.saver = None if path else connection
+        connection.on_close = lambda: self.saver_gone(connection)
 
-        self.save(answer, path or "", -1 if path else connection.take_fd(), paused, config)
-        connection.on_close = None if path else lambda: self.save_undone(None)
-
-    def verb_save_end(self, connection, _request) -> dict:
+    def verb_save_end(self, _connection, _request) -> dict:
         """The file that was saved to has its name: the domain ends."""
         if self.state != "saving" or self.saving:
             raise WrongState(f"Domain '{self.config.name}' is {self.state}", "this needs a domain that was just saved")
-        connection.on_close = None
+        self.saver = None
         self.loop.call(lambda: self.end(Ending("saved", "saved", EXIT_SAVED)))
         return {}
 
-    def verb_save_cancel(self, connection, _request) -> dict:
+    def verb_save_cancel(self, _connection, _request) -> dict:
         """It is not to be saved, though that is under way: the guest goes on, as soon as nothing is written any more."""
         self.require("saving")
-        connection.on_close = None
+        self.saver = None
         if self.saving:
             self.saving.cancel()
         else:
             self.save_undone(None)
         return {}
 
-    def verb_save_undo(self, connection, _request) -> dict:
+    def verb_save_undo(self, _connection, _request) -> dict:
         """The file did not get its name: the guest goes on."""
         if self.state != "saving" or self.saving:
             raise WrongState(f"Domain '{self.config.name}' is {self.state}", "this needs a domain that was just saved")
-        connection.on_close = None
         self.save_undone(None)
         return {}
+
+    def saver_gone(self, connection) -> None:
+        """A later saving is none of its business."""
+        if self.saver is connection:
+            self.save_undone(None)
 
     def save(self, done: "Callable[[KvmappError | None], None]", path: str = "", fd: int = -1, paused: bool | None = None,
              config: dict | None = None) -> None:
@@ -365,6 +367,8 @@ class Domain(DeviceVerbs):
 
     def save_over(self, error: KvmappError | None, done: "Callable[[KvmappError | None], None]", path: str) -> None:
         self.saving = None
+        if error:
+            self.saver = None
         done(error)
         if error:
             self.save_undone(error)
@@ -373,6 +377,7 @@ class Domain(DeviceVerbs):
 
     def save_undone(self, error: KvmappError | None) -> None:
         """The guest goes on as if nothing had been."""
+        self.saver = None
         if self.state != "saving":
             return
         if self.saving:

@@ -10,6 +10,7 @@ from kvmapp import snapshot, statefile
 from kvmapp.errors import HostError
 from kvmapp.loop import Loop
 from kvmapp.saving import Saving
+from tests.unit.idle_domain import domain
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -75,3 +76,69 @@ def test_a_saving_that_is_cancelled(tmp_path, monkeypatch, when, named):
     loop.close()
     kept = named and when.startswith("after the file")
     assert done == ["saved" if kept else "save-given-up"] and path.exists() == (kept or not named)
+
+
+class Attempt:
+    """A Saving that ends when it is told to."""
+
+    def __init__(self, machine, loop, done, *_):
+        self.finish, self.told = done, []
+
+    def give_up(self):
+        self.told.append("given up")
+
+    def cancel(self):
+        self.told.append("cancelled")
+
+
+def saver():
+    return SimpleNamespace(on_close=None, take_fd=lambda: -1, answer=lambda number, error: None)
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """A domain that is being saved to a descriptor by `first`."""
+    monkeypatch.setattr("kvmapp.saving.Saving", Attempt)
+    made = domain("", tmp_path)
+    made.first = saver()
+    made.verb_save(made.first, {"id": 1})
+    assert made.state == "saving"
+    return made
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_who_saves_and_goes_away_has_saved_nothing(saved, written):
+    attempt = saved.saving
+    if written:
+        attempt.finish(None)
+    saved.first.on_close()
+    assert saved.state == "running" and attempt.told == ([] if written else ["given up"])
+
+
+@pytest.mark.parametrize("way", ["cancelled before it was written", "cancelled after", "undone", "failed"])
+def test_one_whose_saving_is_over_does_not_end_the_next(saved, way):
+    """Whoever it was that said so."""
+    attempt, other = saved.saving, saver()
+    if way == "cancelled before it was written":
+        saved.verb_save_cancel(other, {})
+        assert attempt.told == ["cancelled"]
+    attempt.finish(None if way in ("cancelled after", "undone") else HostError("No space left"))
+    if way in ("cancelled after", "undone"):
+        (saved.verb_save_undo if way == "undone" else saved.verb_save_cancel)(other, {})
+    assert saved.state == "running"
+    saved.verb_save(other, {"id": 2})
+    saved.first.on_close()
+    assert saved.state == "saving" and saved.saving.told == []
+    other.on_close()
+    assert saved.state == "running"
+    assert saved.machine.did.count("pause") == saved.machine.did.count("resume") == 2
+
+
+def test_who_goes_away_after_the_file_got_its_name_undoes_nothing(saved):
+    saved.loop.call = saved.published.append
+    saved.saving.finish(None)
+    saved.verb_save_end(saver(), {})
+    saved.first.on_close()
+    assert saved.state == "saving" and "resume" not in saved.machine.did
+    saved.published[-1]()
+    assert (saved.state, saved.ending.reason) == ("shut off", "saved")
