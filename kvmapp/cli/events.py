@@ -5,8 +5,8 @@ from kvmapp.cli.table import SECONDS, flag, value, verb
 from kvmapp.client import of
 from kvmapp.errors import NoResponse, UsageError
 
-KINDS = ("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-broken", "daemon", "network", "device-removed",
-         "io-error", "watchdog", "guest-ignored")
+KINDS = ("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-broken", "daemon", "network", "device-added",
+         "device-removed", "io-error", "watchdog", "guest-ignored")
 
 
 @verb("event", "show what happens to domains, as it happens",

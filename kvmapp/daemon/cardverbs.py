@@ -6,7 +6,7 @@ from kvmapp.config import DomainConfig
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain, interface_view
 from kvmapp.daemon.netverbs import parsed
-from kvmapp.daemon.plugging import change_file, change_live, changed, chosen, configs, plug_in, slot_in_file, unplug
+from kvmapp.daemon.plugging import added, change_file, change_live, changed, chosen, configs, plug_in, slot_in_file, unplug
 from kvmapp.daemon.taps import open_tap
 from kvmapp.errors import KvmappError, NameInUse, Unsupported, UsageError
 from kvmapp.values import make_mac
@@ -35,7 +35,7 @@ async def interface_attach(call: Call) -> dict:
         slot = None
         if live:
             slot = await plug(call, domain, after[0], card_of(after[0], index))
-            change_live(domain, CARDS, add)
+            added(call, domain, CARDS, add, f"net{index}")
         if config:
             settings.setdefault("slot", slot_in_file(call, domain, CARDS, slot))
             change_file(call, domain, CARDS, add)

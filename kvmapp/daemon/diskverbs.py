@@ -10,7 +10,7 @@ from kvmapp import schema
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain
 from kvmapp.daemon.netverbs import parsed
-from kvmapp.daemon.plugging import change_file, change_live, changed, chosen, configs, plug_in, slot_in_file, unplug
+from kvmapp.daemon.plugging import added, change_file, changed, chosen, configs, plug_in, slot_in_file, unplug
 from kvmapp.daemon.starting import check_disks, identities
 from kvmapp.daemon.threads import in_own_thread
 from kvmapp.errors import HostError, KvmappError, NameInUse, UsageError
@@ -49,7 +49,7 @@ async def disk_attach(call: Call) -> dict:
         slot = None
         if live:
             slot = await plug(call, domain, next(disk for disk in after[0].disks if disk.name == name), job)
-            change_live(domain, DISKS, add)
+            added(call, domain, DISKS, add, name)
         if config:
             settings.setdefault("slot", slot_in_file(call, domain, DISKS, slot))
             change_file(call, domain, DISKS, add)

@@ -6,6 +6,8 @@ comes or goes. `kind` is DomainConfig's attribute: interfaces, disks.
 """
 from __future__ import annotations
 
+import logging
+
 from kvmapp.config import DomainConfig
 from kvmapp.daemon.actions import change_stored, scope
 from kvmapp.daemon.call import Call
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     Change = Callable[[list[dict]], list[dict]]         # what becomes of a configuration's sections of one kind
+
+log = logging.getLogger("kvmapp")
 
 ATTACH_TIMEOUT = 10.0                   # seconds
 EJECT_PATIENCE = 5.0                    # for the guest to let go of a device before the verb answers; a Linux takes a moment
@@ -68,6 +72,13 @@ def change_live(domain: Domain, kind: str, change: Change) -> None:
     domain.want_active()
     assert domain.live
     set_live(domain, changed(domain, domain.live, kind, change))
+
+
+def added(call: Call, domain: Domain, kind: str, add: Change, device: str) -> None:
+    """The running domain has one more device."""
+    change_live(domain, kind, add)
+    log.info("domain '%s': %s is attached", domain.name, device)
+    call.supervisor.events.publish("device-added", domain.name, uuid=domain.uuid, id=domain.id, detail=device)
 
 
 def change_file(call: Call, domain: Domain, kind: str, change: Change) -> None:

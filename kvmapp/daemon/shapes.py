@@ -180,7 +180,8 @@ ALL_STATS = record(domains=list_of(ref("Stats")))
 WAITED = record(domain=ref("Domain"), reached=yes_no("false: the time ran out"))
 
 EVENT = {**record(time=number(), event=one_of("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-broken",
-                                              "daemon", "network", "device-removed", "io-error", "watchdog", "guest-ignored", "lost"),
+                                              "daemon", "network", "device-added", "device-removed", "io-error", "watchdog",
+                                              "guest-ignored", "lost"),
                   domain=maybe(text()), uuid=maybe(text()), id=maybe(whole()),
                   type=maybe(text("lifecycle: Defined, Undefined, Started, Suspended, Resumed, Stopped, Shutdown, Crashed")),
                   detail=maybe(text("Added, Updated, Renamed, Removed, Booted, Paused, Unpaused, Shutdown, Destroyed, ..."))),

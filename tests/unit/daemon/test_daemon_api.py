@@ -74,8 +74,8 @@ def test_events_tell_a_life(running):
                 listener_ready.set()
                 if event["domain"] == "web" and event["event"] == "lifecycle":
                     seen.append((event["type"], event["detail"]))
-                if event["event"] == "watchdog":
-                    seen.append(("watchdog", event["detail"]))
+                if event["event"] in ("watchdog", "device-added", "device-removed"):
+                    seen.append((event["event"], event["detail"]))
                 if event["type"] == "Undefined":
                     return
         thread = threading.Thread(target=listen)
@@ -88,14 +88,17 @@ def test_events_tell_a_life(running):
         running.post("web", "start")
         running.post("web", "suspend")
         running.post("web", "resume")
+        mac = running.post("web", "interfaces", settings={"type": "user"})["interface"]["mac"]
+        running.post("web", "interfaces", "detach", interface=mac)
         running.told("web", "test_watchdog", action="none")
         running.told("web", "test_watchdog", action="x" * 64)           # no word of ours: dropped
         running.post("web", "shutdown", timeout=60)
         with running.client() as client:
             client.delete(of("web"))
         thread.join(60)
-    assert seen == [("Defined", "Added"), ("Started", "Booted"), ("Suspended", "Paused"), ("Resumed", "Unpaused"), ("watchdog", "none"),
-                    ("Stopped", "Shutdown"), ("Undefined", "Removed")]
+    assert seen == [("Defined", "Added"), ("Started", "Booted"), ("Suspended", "Paused"), ("Resumed", "Unpaused"),
+                    ("device-added", "net0"), ("device-removed", "net0"), ("watchdog", "none"), ("Stopped", "Shutdown"),
+                    ("Undefined", "Removed")]
 
 
 def test_wait_answers_when_the_state_comes(running):
