@@ -185,6 +185,28 @@ def test_a_disk_comes_and_goes_while_the_guest_runs(host):
     assert {"name": "vdc", "slot": 2} in host.told("a", "status")["devices"] and host.domain("a")["pid"] == pid
 
 
+def test_a_card_stands_at_the_next_start_where_it_stood(host):
+    """Also when one before it is gone, and after a save."""
+    image = sparse(Path(host.root, "a.img"), 1 << 20)
+    host.guest("a", "steps=none mode=counter period=20", rest=f"[rng]\n[interface 0]\ntype = user\n[disk vda]\nsource = {image}\n")
+    host.start()
+    host.post("a", "start")
+    host.post("a", "interfaces", settings={"type": "user"}, persistent=True)
+    there = places(host)
+    assert there == {"net0": 1, "vda": 2, "rng": 3, "net1": 4}
+    host.post("a", "managedsave")
+    host.post("a", "start")
+    assert places(host) == there
+    host.post("a", "interfaces", "detach", interface=host.domain("a")["interfaces"][0]["mac"], config=True)
+    host.post("a", "destroy")
+    host.post("a", "start")
+    assert places(host) == {"vda": 2, "net1": 4, "rng": 1}
+
+
+def places(host):
+    return {device["name"]: device["slot"] for device in host.told("a", "status")["devices"] if device["slot"]}
+
+
 def goes_on(host):
     counted = len(host.counts("a"))
     host.eventually(lambda: len(host.counts("a")) > counted)
