@@ -402,7 +402,7 @@ def check_slots(config: DomainConfig, origin: Origin) -> None:
             origin.fail(one.heading, "slot", f"'{one.slot}': a microvm has no PCI bus", "set machine = pc, or take it away")
         other = taken.setdefault(one.slot, one)
         if other is not one:
-            origin.fail(one.heading, "slot", f"'{one.slot}': [{other.heading}] has it already")
+            origin.fail(one.heading, "slot", f"'{one.slot}': [{other.heading}] has it already", "give it another one, or leave it out")
 
 
 def check_model(config: DomainConfig, interface: InterfaceConfig, origin: Origin) -> None:

@@ -12,6 +12,7 @@ HIGH_MEMORY_BASE = 0x1_0000_0000
 # The hole below 4 GiB.
 PCI_MMIO32_BASE, PCI_MMIO32_SIZE = 0xC000_0000, 0x2000_0000
 PCI_ECAM_BASE, PCI_ECAM_SIZE = 0xE000_0000, 0x1000_0000          # room for buses 0-255, 1 MiB each
+PCI_SLOTS = 32                                                   # of a bus
 PCI_BUSES = 1                                                    # that exist: Linux probes each slot of each bus it is told of
 VIRTIO_MMIO_BASE = 0xFEB0_0000                                   # a page each
 IOAPIC_BASE = 0xFEC0_0000

@@ -109,8 +109,8 @@ def character_settings(what: str) -> tuple[Setting, ...]:
 
 def slot_setting(example: str, text: str) -> Setting:
     return Setting("slot", Integer(1, 31), example=example,
-                   help=f"The slot of the PCI bus where the card stands; a free one behind those of its kind when absent.{text} The verbs "
-                        "that attach and detach write it where a card would otherwise move.")
+                   help="The slot of the PCI bus where the card stands; the first free one behind those of its kind before it when "
+                        f"absent.{text} The verbs that attach and detach write it where a card would otherwise move.")
 
 
 def rate_settings(way: str, where: str) -> tuple[Setting, ...]:

@@ -4,8 +4,8 @@ Both kinds of slots answer `plug(device)` with what then stands for the device i
 of the windows it is told by ACPI or on its command line (boot/).
 """
 from kvmapp.errors import StateError, Unsupported
-from kvmapp.layout import VIRTIO_MMIO_BASE, VIRTIO_MMIO_GSIS, VIRTIO_MMIO_GSIS_ACPI
-from kvmapp.places import PCI_SLOTS, free_place
+from kvmapp.layout import PCI_SLOTS, VIRTIO_MMIO_BASE, VIRTIO_MMIO_GSIS, VIRTIO_MMIO_GSIS_ACPI
+from kvmapp.places import LEAVE_OUT, free_place
 from kvmapp.virtio.transitional import virtio_card
 
 TYPE_CHECKING = False
@@ -53,7 +53,7 @@ class PciSlots:
             if slot is None:
                 raise Unsupported(f"There is no free PCI slot for {name}", "take another device out")
         elif other := next((one for one in there if there[one] == slot), None):
-            raise Unsupported(f"PCI slot {slot} is not free for {name}: {other} stands there", "without a slot it gets a free one")
+            raise Unsupported(f"PCI slot {slot} is not free for {name}: {other} stands there", LEAVE_OUT)
         self.kept[name] = slot
 
     def release(self, name: str) -> None:

@@ -20,6 +20,7 @@ from kvmapp.layout import (
     PCI_IO_SIZE,
     PCI_MMIO32_BASE,
     PCI_MMIO32_SIZE,
+    PCI_SLOTS,
     PORT_CMOS,
     PORT_I8042_COMMAND,
     PORT_I8042_DATA,
@@ -29,7 +30,7 @@ from kvmapp.layout import (
     PORT_PVPANIC,
 )
 
-PCI_SLOTS, PCI_PINS = 32, 4
+PCI_PINS = 4
 PCI_OSC = "33db4d5b-1ff7-401c-9657-7441c03dd766"
 OSC_GRANTED = 0x1F                                               # all of PCI Express's features that have no firmware part here
 OSC_UNKNOWN_UUID, OSC_UNKNOWN_REVISION, OSC_MASKED = 0x04, 0x08, 0x10

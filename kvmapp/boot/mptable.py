@@ -7,7 +7,7 @@ import struct
 
 from kvmapp.boot.acpi import LEVEL_HIGH, checksum
 from kvmapp.boot.platform import Platform
-from kvmapp.layout import EBDA, GSI_INTX, IOAPIC_BASE, LAPIC_BASE, ROM_MP_TABLE
+from kvmapp.layout import EBDA, GSI_INTX, IOAPIC_BASE, LAPIC_BASE, PCI_SLOTS, ROM_MP_TABLE
 
 FLOATING_POINTER = EBDA + 16                                     # the EBDA, which real_mode tells of, begins with its own size
 REVISION_1_4 = 4
@@ -18,7 +18,7 @@ LAPIC_VERSION, IOAPIC_VERSION = 0x14, 0x11
 MOST_APIC_ID = 254
 
 PCI_BUS, ISA_BUS = 0, 1
-PCI_SLOTS, PCI_PINS = 32, 4
+PCI_PINS = 4
 INTERRUPT, NMI, EXTERNAL = 0, 1, 3
 CONFORMING = 0
 IOAPIC_ID, EVERY_LAPIC = 0, 0xFF

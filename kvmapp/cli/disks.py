@@ -35,7 +35,7 @@ def disk(name: str, **more) -> Option:
       value("io", "how requests reach the host", choices=("auto", "io_uring", "threads")),
       value("mode", "readonly: the guest may not write", choices=("readonly",)),
       value("serial", "the serial number that the guest reads"),
-      value("address", "its slot on the PCI bus, as pci:0000.00.SLOT.0, in hexadecimal", named=True), PERSISTENT, *SCOPE,
+      value("address", "its slot on the PCI bus, in hexadecimal: pci:0000.00.0a.0 for slot 10", named=True), PERSISTENT, *SCOPE,
       text="The file has to be there (truncate -s 20G FILE makes an empty one). A running guest is told of the disk through ACPI, and has "
            "it at once; it gives disks names of its own, in the order in which it finds them: go by --serial, which it shows as "
            "/dev/disk/by-id/virtio-SERIAL.",

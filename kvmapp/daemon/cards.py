@@ -19,6 +19,7 @@ from kvmapp.daemon.links import LinkWatch
 from kvmapp.daemon.owners import Owners
 from kvmapp.daemon.ports import Known
 from kvmapp.errors import KvmappError
+from kvmapp.places import keep_places
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -167,7 +168,10 @@ class Cards:
         domain.record.disks = [disk for disk in domain.record.disks if disk[0] != device]
         cards = [card.to_dict() for card in domain.live.interfaces if f"net{card.index}" != device]
         disks = [disk.to_dict() for disk in domain.live.disks if disk.name != device]
-        domain.live = DomainConfig.from_dict({**domain.live.to_dict(), "interfaces": cards, "disks": disks})
+        live = DomainConfig.from_dict({**domain.live.to_dict(), "interfaces": cards, "disks": disks})
+        if not domain.outdated:
+            keep_places(domain.live, live)
+        domain.live = live
         domain.record.config = domain.live.to_dict()
         domain.note()
         domain.notify()

@@ -6,7 +6,7 @@ from kvmapp.config import DomainConfig
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain, interface_view
 from kvmapp.daemon.netverbs import parsed
-from kvmapp.daemon.plugging import added, change_file, change_live, changed, chosen, configs, plug_in, slot_in_file, unplug
+from kvmapp.daemon.plugging import added, change_file, change_live, changed, chosen, configs, plug_in, slot_in_file, slot_of, unplug
 from kvmapp.daemon.taps import open_tap
 from kvmapp.errors import KvmappError, NameInUse, Unsupported, UsageError
 from kvmapp.values import make_mac
@@ -29,16 +29,17 @@ async def interface_attach(call: Call) -> dict:
         index = free_index(targets)
         settings = {"mac": make_mac(), **{key: value for key, value in settings.items() if value is not None}}
 
-        def add(cards: list[dict]) -> list[dict]:
-            return [*cards, {"index": index, **settings}]
-        after = [changed(domain, one, CARDS, add) for one in targets]
-        slot = None
+        def add(slot: int | None = None) -> Change:
+            return lambda cards: [*cards, {"index": index, "slot": slot, **settings}]
+        after = [changed(domain, one, CARDS, add()) for one in targets]
         if live:
             slot = await plug(call, domain, after[0], card_of(after[0], index))
-            added(call, domain, CARDS, add, f"net{index}")
+            added(call, domain, CARDS, add, f"net{index}", slot)
+        else:
+            slot = next((slot_of(domain, f"net{one.index}") for one in (domain.live.interfaces if domain.live else ())
+                         if one.mac == settings["mac"]), None)
         if config:
-            settings.setdefault("slot", slot_in_file(call, domain, CARDS, slot))
-            change_file(call, domain, CARDS, add)
+            change_file(call, domain, CARDS, add(slot_in_file(call, domain, slot)))
         return answer(call, domain, card_of(after[0], index), live)
 
 

@@ -10,11 +10,12 @@ from kvmapp import schema
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain
 from kvmapp.daemon.netverbs import parsed
-from kvmapp.daemon.plugging import added, change_file, changed, chosen, configs, plug_in, slot_in_file, unplug
+from kvmapp.daemon.plugging import added, change_file, changed, chosen, configs, plug_in, slot_in_file, slot_of, unplug
 from kvmapp.daemon.starting import check_disks, identities
 from kvmapp.daemon.threads import in_own_thread
 from kvmapp.errors import HostError, KvmappError, NameInUse, UsageError
 from kvmapp.imagefile import open_image
+from kvmapp.places import last_disk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,16 +44,16 @@ async def disk_attach(call: Call) -> dict:
                 raise NameInUse(f"operation failed: target {name} already exists", f"it is a disk of the "
                                 f"{'running domain' if target is domain.live else 'domain file'}: kvmappctl domblklist {domain.name}")
 
-        def add(disks: list[dict]) -> list[dict]:
-            return [*disks, {"name": name, **settings}]
-        after = [changed(domain, one, DISKS, add) for one in targets]
-        slot = None
+        def add(slot: int | None = None) -> Change:
+            return lambda disks: [*disks, {"name": name, "slot": slot, **settings}]
+        after = [changed(domain, one, DISKS, add()) for one in targets]
         if live:
             slot = await plug(call, domain, next(disk for disk in after[0].disks if disk.name == name), job)
-            added(call, domain, DISKS, add, name)
+            added(call, domain, DISKS, add, name, slot)
+        else:
+            slot = slot_of(domain, name)
         if config:
-            settings.setdefault("slot", slot_in_file(call, domain, DISKS, slot))
-            change_file(call, domain, DISKS, add)
+            change_file(call, domain, DISKS, add(slot_in_file(call, domain, slot, last_disk)))
     return call.changed(domain)
 
 

@@ -1,8 +1,8 @@
 """What comes and goes while a domain runs: in its file, in the running domain, or in both.
 
 As in virsh, the running domain and its file are two things, and `live` and `config` choose. Both new configurations are checked
-before either is changed; the running domain comes first, for it is what can refuse. In the file no card moves to another slot because one
-comes or goes. `kind` is DomainConfig's attribute: interfaces, disks.
+before either is changed; the running domain comes first, for it is what can refuse. None of the others moves to another slot
+because one comes or goes. `kind` is DomainConfig's attribute: interfaces, disks.
 """
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from kvmapp.config import DomainConfig
 from kvmapp.daemon.actions import change_stored, scope
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain, removable
-from kvmapp.errors import Unsupported
-from kvmapp.places import PCI_SLOTS, keep_places, last_place, places
+from kvmapp.errors import ConfigError, Unsupported
+from kvmapp.layout import PCI_SLOTS
+from kvmapp.places import keep_places, places, require_free
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,11 +51,16 @@ def configs(domain: Domain, live: bool, config: bool) -> list[DomainConfig]:
 
 def changed(domain: Domain, config: DomainConfig, kind: str, change: Change) -> DomainConfig:
     """Checked. Raises ConfigError."""
-    after = DomainConfig.from_dict({**config.to_dict(), kind: change(sections(config, kind))})
-    if config is domain.live:                   # whose cards stand where they stand
-        return after
+    before = sections(config, kind)
+    wanted = change(before)
+    for one in wanted:
+        if one not in before and one.get("slot") is not None:
+            require_free(config, one.get("name") or f"net{one['index']}", one["slot"])
+    after = DomainConfig.from_dict({**config.to_dict(), kind: wanted})
+    if config is domain.live and domain.outdated:
+        return after                            # its process would not understand it in what it is to save
     keep_places(config, after)
-    return DomainConfig.from_dict(after.to_dict())
+    return after
 
 
 def sections(config: DomainConfig, kind: str) -> list[dict]:
@@ -74,9 +80,10 @@ def change_live(domain: Domain, kind: str, change: Change) -> None:
     set_live(domain, changed(domain, domain.live, kind, change))
 
 
-def added(call: Call, domain: Domain, kind: str, add: Change, device: str) -> None:
-    """The running domain has one more device."""
-    change_live(domain, kind, add)
+def added(call: Call, domain: Domain, kind: str, add: Callable[[int | None], Change], device: str, slot: int | None) -> None:
+    """The running domain has one more device, in that slot."""
+    known = domain.live and not domain.outdated and slot not in places(domain.live).values()
+    change_live(domain, kind, add(slot if known else None))
     log.info("domain '%s': %s is attached", domain.name, device)
     call.supervisor.events.publish("device-added", domain.name, uuid=domain.uuid, id=domain.id, detail=device)
 
@@ -85,17 +92,28 @@ def change_file(call: Call, domain: Domain, kind: str, change: Change) -> None:
     change_stored(call, domain, lambda stored: changed(domain, stored, kind, change).to_dict())
 
 
-def slot_in_file(call: Call, domain: Domain, kind: str, slot: int | None) -> int | None:
-    """The slot that a device has got in the running domain, if it can have that at the next start too and changes the order of none."""
+def slot_in_file(call: Call, domain: Domain, slot: int | None, behind: Callable[[DomainConfig], int] = lambda stored: 0) -> int | None:
+    """The slot of a device in the running domain, if it can have that at the next start too, where it is to stand `behind` others."""
     call.supervisor.refresh()
     stored = domain.want_persistent()
-    return slot if slot is not None and slot > last_place(stored, kind) and slot not in places(stored).values() else None
+    return slot if slot is not None and slot > behind(stored) and slot not in places(stored).values() else None
+
+
+def slot_of(domain: Domain, device: str) -> int | None:
+    """Where a device of the running domain stands, if it has that."""
+    return None if domain.live is None or domain.outdated else places(domain.live).get(device)
 
 
 async def plug_in(domain: Domain, verb: str, files: dict[str, int], **section: dict) -> int | None:
     """Hands a device to the domain process, which tells the guest: the slot. `files`: what was opened for it; they stay the caller's to
     close."""
-    answer = await domain.told(domain.want_active().ask_with_files(verb, files, ATTACH_TIMEOUT, **section), COME_AND_GO)
+    try:
+        answer = await domain.told(domain.want_active().ask_with_files(verb, files, ATTACH_TIMEOUT, **section), COME_AND_GO)
+    except ConfigError as error:
+        if not domain.outdated or "unknown key" not in error.message:
+            raise
+        raise Unsupported(f"Domain '{domain.name}' runs under a version of kvmapp that does not know of all that this asks for: "
+                          f"{error.message}", "leave that out; or with --config it takes effect at the next start") from None
     slot = answer.get("slot")
     return slot if type(slot) is int and 0 < slot < PCI_SLOTS else None
 

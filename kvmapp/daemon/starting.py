@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from contextlib import suppress
+from copy import copy
 
 from kvmapp import fileserver
 from kvmapp.daemon import domainlog
@@ -263,7 +264,8 @@ class Start:
                         started=time.time(), taps=self.taps, disks=self.disks, config=self.config.to_dict(), version=IDENTITY,
                         servers=self.servers)
         record.save(self.paths)
-        self.domain.record, self.domain.live, self.domain.ending = record, self.config, None
+        # A copy, for the file may change under the domain, and the domain under the file.
+        self.domain.record, self.domain.live, self.domain.ending = record, copy(self.config), None
 
     def failure(self) -> KvmappError:
         """Why the process did not come up, in its own words if it left any."""

@@ -173,6 +173,8 @@ class FakeDomain:
             raise Refusal(error("wrong-state", "no slot is free"))
         self.files |= dict(zip(request["files"], came, strict=True))
         section = request.get("disk") or request["interface"]
+        if "knows-no-slot" in self.behaviour and "slot" in section:
+            raise Refusal(error("config", f"slot = '{section['slot']}': unknown key"))
         name = section.get("name") or f"net{section['index']}"
         self.cards.append(name)
         self.slot += 1

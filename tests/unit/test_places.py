@@ -1,9 +1,11 @@
 """Where a machine's disks and network cards stand, and that they stay there."""
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvmapp.config import DomainConfig
 from kvmapp.errors import ConfigError, StateError, Unsupported
-from kvmapp.places import free_place, keep_places, last_place, places
+from kvmapp.places import free_place, keep_places, last_disk, places, require_free
 from kvmapp.slots import PciSlots
 
 
@@ -76,9 +78,39 @@ def slots_of(config):
     return {name: one.slot for name, one in sections.items() if one.slot is not None}
 
 
-def test_behind_which_slot_a_card_changes_no_order():
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.integers(0, 15)), max_size=30))
+def test_whatever_comes_and_goes_the_others_stay(changes):
+    """A card comes where there is none of its number, perhaps with a slot, and goes where there is."""
+    interfaces: dict = {}
+    disks: dict = {}
+    for is_disk, number, slot in changes:
+        before = domain(interfaces.items(), disks.items())
+        cards, name = (disks, f"vd{chr(ord('a') + number)}") if is_disk else (interfaces, number)
+        if name in cards:
+            del cards[name]
+        else:
+            cards[name] = slot if slot and slot not in places(before).values() else None
+        after = domain(interfaces.items(), disks.items())
+        keep_places(before, after)
+        stood, stand = places(before), places(after)
+        assert {name: stand[name] for name in stood if name in stand} == {name: stood[name] for name in stood if name in stand}
+        assert len(set(stand.values())) == len(stand) == len(interfaces) + len(disks)
+        interfaces.update((one.index, one.slot) for one in after.interfaces)
+        disks.update((one.name, one.slot) for one in after.disks)
+    domain(interfaces.items(), disks.items())                   # which can be read again
+
+
+def test_a_card_is_not_to_stand_where_another_stands():
     one = domain([(0, None), (1, 9)], [("vda", None)])
-    assert (last_place(one, "interfaces"), last_place(one, "disks"), last_place(domain(), "disks")) == (9, 2, 0)
+    require_free(one, "vda", 2)
+    require_free(one, "vdb", 3)
+    for slot, other in ((1, "net0"), (2, "vda"), (9, "net1")):
+        with pytest.raises(ConfigError, match=f"PCI slot {slot} is not free for vdb: {other} stands there"):
+            require_free(one, "vdb", slot)
+
+
+def test_behind_which_slot_a_disk_changes_no_order():
+    assert last_disk(domain([(0, None), (1, 9)], [("vda", None)])) == 2 and last_disk(domain([(0, None)])) == 0
 
 
 class Bus:

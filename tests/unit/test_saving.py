@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from kvmapp import snapshot, statefile
-from kvmapp.errors import HostError
+from kvmapp.errors import HostError, WrongState
 from kvmapp.loop import Loop
 from kvmapp.saving import Saving
 from tests.unit.idle_domain import domain
@@ -132,6 +132,25 @@ def test_one_whose_saving_is_over_does_not_end_the_next(saved, way):
     other.on_close()
     assert saved.state == "running"
     assert saved.machine.did.count("pause") == saved.machine.did.count("resume") == 2
+
+
+def test_another_saving_is_refused_and_changes_nothing(saved):
+    other = saver()
+    with pytest.raises(WrongState):
+        saved.verb_save(other, {"id": 2})
+    assert other.on_close is None
+    saved.first.on_close()
+    assert saved.state == "running"
+
+
+def test_a_saving_to_a_path_outlives_who_asked_for_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("kvmapp.saving.Saving", Attempt)
+    made, first = domain("", tmp_path), saver()
+    made.verb_save(first, {"id": 1, "path": "/nowhere"})
+    first.on_close()
+    assert made.state == "saving" and made.saving.told == []
+    made.saving.finish(None)
+    assert (made.state, made.ending.reason) == ("shut off", "saved")
 
 
 def test_who_goes_away_after_the_file_got_its_name_undoes_nothing(saved):

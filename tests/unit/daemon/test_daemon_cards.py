@@ -1,14 +1,16 @@
 """Cards that come, go and change, of the file and of the running domain: by cards of type user, which want no privileges."""
+import json
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from kvmapp import errors
 from tests.unit.daemon.host import UUID
 
-MAC, OTHER = "52:54:00:00:00:01", "52:54:00:00:00:02"
+MAC, OTHER, FOURTH = "52:54:00:00:00:01", "52:54:00:00:00:02", "52:54:00:00:00:04"
 USER = f"[interface 0]\ntype = user\nmac = {MAC}\n"
 
 
@@ -57,39 +59,94 @@ def test_a_card_is_detached_when_the_guest_has_let_go(running):
         running.post("web", "interfaces", "detach", type="user")
 
 
+TWO = USER + f"[interface 1]\ntype = user\nmac = {OTHER}\n"
+
+
 def test_cards_stay_in_their_slots(running):
     """By which guests name them."""
-    running.add("web", rest=USER + f"[interface 1]\ntype = user\nmac = {OTHER}\n")
+    running.add("web", rest=TWO)
     running.post("web", "start")
     made = running.post("web", "interfaces", settings={"type": "user"}, persistent=True)["interface"]["mac"]
-    assert slots(running) == {MAC: None, OTHER: None, made: 8}, "where it stands in the running domain"
+    assert slots(running) == slots(running, live=True) == {MAC: None, OTHER: None, made: 8}, "where it stands in the running domain"
     running.post("web", "interfaces", "detach", interface=MAC, persistent=True)
-    assert slots(running) == {OTHER: 2, made: 8}
-    first = running.post("web", "interfaces", settings={"type": "user"}, config=True)["interface"]["mac"]
-    assert slots(running) == {first: None, OTHER: 2, made: 8} and running.domain("web")["interfaces"][0]["mac"] == OTHER
-    running.post("web", "interfaces", settings={"type": "user", "mac": MAC, "slot": "30"}, persistent=True)
-    assert slots(running)[MAC] == 30
-    with pytest.raises(errors.ConfigError, match=r"slot = '30': \[interface 3\] has it already"):
-        running.post("web", "interfaces", settings={"type": "user", "slot": "30"}, persistent=True)
-    assert len(slots(running)) == 4 and len(running.domain("web")["interfaces"]) == 3
+    assert slots(running) == slots(running, live=True) == {OTHER: 2, made: 8}
+    running.post("web", "interfaces", settings={"type": "user", "mac": MAC}, config=True)
+    assert slots(running) == {MAC: None, OTHER: 2, made: 8}
+    running.post("web", "interfaces", settings={"type": "user", "mac": FOURTH, "slot": "30"}, persistent=True)
+    assert slots(running)[FOURTH] == slots(running, live=True)[FOURTH] == 30
+    for where in ("config", "live"):
+        with pytest.raises(errors.ConfigError, match=r"PCI slot 30 is not free for net[04]: net3 stands there"):
+            running.post("web", "interfaces", settings={"type": "user", "slot": "30"}, **{where: True})
+    assert len(slots(running)) == 4 and len(slots(running, live=True)) == 3
+    text = running.get("web", "config")["text"]
+    assert "slot = 2\n" in text and "slot = 8\n" in text and "slot = 30\n" in text, "who defines this again has them where they are"
 
 
-def test_a_slot_that_would_change_the_order_of_cards_is_not_written(running):
-    running.add("web", rest=USER + "slot = 20\n")
+@pytest.mark.parametrize("start", [True, False])
+def test_slots_in_the_file_alone(running, start):
+    """A domain that was merely started is another thing than its file."""
+    running.add("web", rest=TWO + f"[disk vda]\nsource = {running.root}/a.img\n")
+    open(f"{running.root}/a.img", "w").close()
+    if start:
+        running.post("web", "start")
+    running.post("web", "interfaces", settings={"type": "user", "mac": FOURTH}, config=True)
+    disks = running.get("web", "config", inactive=1)["config"]["disks"]
+    assert disks[0]["slot"] == 3 and slots(running) == {MAC: None, OTHER: None, FOURTH: None}
+    running.post("web", "interfaces", "detach", interface=MAC, config=True)
+    assert slots(running) == {OTHER: 2, FOURTH: None}, "3 is the disk's, so 4 comes next as before"
+    assert not start or slots(running, live=True) == {MAC: None, OTHER: None}
+
+
+def test_a_guest_that_keeps_its_card_and_the_file(host):
+    host.patient = False
+    host.start()
+    host.add("web", "keeps-cards", rest=TWO)
+    host.post("web", "start")
+    assert host.post("web", "interfaces", "detach", interface=MAC, persistent=True)["warnings"]
+    assert slots(host) == {OTHER: 2} and slots(host, live=True) == {MAC: None, OTHER: None}
+
+
+def test_a_card_that_is_attached_in_two_steps(running):
+    running.add("web", rest=USER)
     running.post("web", "start")
-    running.post("web", "interfaces", settings={"type": "user", "mac": OTHER}, persistent=True)
-    assert slots(running) == {MAC: 20, OTHER: None}
+    for where in ("live", "config"):
+        running.post("web", "interfaces", settings={"type": "user", "mac": OTHER}, **{where: True})
+    assert slots(running) == {MAC: None, OTHER: 8}
+
+
+def test_a_card_that_goes_while_no_daemon_hears_of_it_moves_none(host):
+    host.start()
+    host.add("web", rest=TWO)
+    host.post("web", "start")
+    host.kill()
+    host.told("web", "detach-device", device="net0")
+    host.start()
+    assert slots(host, live=True) == {OTHER: 2} and slots(host) == {MAC: None, OTHER: None}
+
+
+def test_a_domain_of_an_older_version_has_no_slots(running):
+    running.add("web", "knows-no-slot", rest=TWO)
+    running.post("web", "start")
+    running.kill()
+    Path(running.paths.records, "web.json").write_text(json.dumps({**running.records()["web"], "version": "0.0"}))
+    running.start()
+    made = running.post("web", "interfaces", settings={"type": "user"}, persistent=True)["interface"]["mac"]
+    assert slots(running)[made] == 8 and slots(running, live=True)[made] is None
+    running.post("web", "interfaces", "detach", interface=MAC, persistent=True)
+    assert slots(running) == {OTHER: 2, made: 8} and slots(running, live=True) == {OTHER: None, made: None}
+    with pytest.raises(errors.Unsupported, match=r"a version of kvmapp that does not know of all that this asks for: .*unknown key"):
+        running.post("web", "interfaces", settings={"type": "user", "slot": "30"}, live=True)
 
 
 def test_in_the_file_of_a_machine_without_pci_cards_have_no_slots(running):
-    running.add("web", machine="microvm", rest=f"{USER}[interface 1]\ntype = user\nmac = {OTHER}\n")
+    running.add("web", machine="microvm", rest=TWO)
     running.post("web", "interfaces", "detach", interface=MAC)
     assert slots(running) == {OTHER: None}
 
 
-def slots(host):
-    """By MAC address, in the file."""
-    return {mac: card["slot"] for mac, card in cards(host, inactive=True).items()}
+def slots(host, live=False):
+    """By MAC address, in the file or of the running domain."""
+    return {mac: card["slot"] for mac, card in cards(host, inactive=not live).items()}
 
 
 def test_a_guest_that_keeps_its_card_is_told_of(host):

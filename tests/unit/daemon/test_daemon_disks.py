@@ -64,6 +64,15 @@ def test_a_disk_stands_at_the_next_start_where_it_stood_in_the_running_guest(run
     assert [(disk["name"], disk["slot"]) for disk in disks] == [("vdb", 8), ("vdc", 30)]
 
 
+def test_a_slot_that_would_change_the_order_of_disks_is_not_written(running):
+    """Guests count them."""
+    running.add("web", rest=f"[disk vda]\nsource = {image(running, 'a')}\nslot = 20\n")
+    running.post("web", "start")
+    running.post("web", "disks", name="vdb", settings={"source": image(running, "b")}, persistent=True)
+    disks = running.get("web", "config", inactive=1)["config"]["disks"]
+    assert [(disk["name"], disk["slot"]) for disk in disks] == [("vda", 20), ("vdb", None)]
+
+
 def test_the_domain_gets_the_file_open_and_locked(running):
     with_disk(running)
     running.post("web", "start")
@@ -270,7 +279,8 @@ def test_a_disk_whose_file_server_hangs_holds_its_guest_up_only_until_that_is_gi
     jobs = Jobs("web", lambda job, begins: None)
     config = DomainConfig.from_dict({"name": "web", "memory": 64 << 20})
     process = SimpleNamespace(ask_with_files=ask)
-    domain: Any = SimpleNamespace(name="web", jobs=jobs, active=True, live=config, want_active=lambda: process, record=None)
+    domain: Any = SimpleNamespace(name="web", jobs=jobs, active=True, live=config, want_active=lambda: process, record=None,
+                                  outdated=False)
     body = {"name": "vdb", "settings": {"source": "/dev/null"}, "live": True}
     call: Any = SimpleNamespace(domain=lambda: domain, who="ann", body=body, supervisor=SimpleNamespace(active=list))
 
