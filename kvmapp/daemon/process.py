@@ -211,7 +211,14 @@ class DomainProcess:
             await self.quietly(self.refresh(timeout))
 
     async def refresh(self, timeout: float = ANSWER_TIMEOUT) -> None:
-        self.take_status(await self.ask("status", timeout))
+        """Its state; nothing if it has ended. Raises NoResponse."""
+        try:
+            status = await self.ask("status", timeout)
+        except NoResponse:
+            if self.ended:
+                return
+            raise
+        self.take_status(status)
 
     async def quietly(self, work) -> None:
         with suppress(KvmappError):  # NoResponse has made it silent; any other answer is one
@@ -229,6 +236,8 @@ class DomainProcess:
                 raise ConnectionResetError
             answer = await self.link.ask(verb, timeout, arguments, fd)
         except (TimeoutError, OSError) as error:
+            if not isinstance(error, TimeoutError) and not self.silent and await self.wait_end(LAST_BREATH):
+                raise NoResponse(f"Domain '{self.name}' ended meanwhile") from None
             hasty = isinstance(error, TimeoutError) and timeout is not None and timeout < CHECK_TIMEOUT
             if not hasty and not self.ended and (not self.pid or self.lives()):
                 self.set_silent(True)

@@ -48,6 +48,9 @@ class FakeDomain:
             if self.state == "running":
                 self.beats += 1
                 os.write(self.counter, f"{os.getpid()}\n".encode())
+        for client in self.clients if "last-breath" in self.behaviour else ():
+            client.close()
+        time.sleep(0.2 if "last-breath" in self.behaviour else 0)
         return self.ending
 
     def accept(self):
@@ -138,6 +141,8 @@ class FakeDomain:
 
     def verb_resume(self, _client, _request):
         self.change("running", "unpaused")
+        if "last-breath" in self.behaviour:
+            self.end("shutdown", "the guest powered off")
         return {}
 
     def verb_reset(self, _client, _request):

@@ -105,6 +105,13 @@ def test_suspend_resume_reset(running):
     assert running.post("web", "reboot")["domain"]["state"] == "running"
 
 
+def test_a_guest_that_ends_as_soon_as_it_may_go_on(running):
+    """What was asked for was done; that there is nobody left to tell of it is no failure."""
+    running.add("web", "last-breath")
+    running.post("web", "start", paused=True)
+    assert running.post("web", "resume")["domain"]["state"] == "shut off"
+
+
 def test_started_paused(running):
     running.define()
     assert running.post("web", "start", paused=True)["domain"]["state"] == "paused"
