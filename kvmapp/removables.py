@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class Removables:
     """What it needs of the machine."""
     config: "Any"
+    vm: "Any"
     memory: "Any"
     power: "Any"
     slots: "Any"
@@ -27,8 +28,6 @@ class Removables:
     threads: "list[IoThread]"
     card_threads: "dict[str, list[IoThread]]"
     running: bool
-    pause: "Callable[[], None]"
-    resume: "Callable[[], None]"
     _insert: "Callable[[Any], None]"
 
     def full_disks(self) -> list[str]:
@@ -94,10 +93,8 @@ class Removables:
         return names
 
     def _take_out(self, name: str) -> None:
-        """No vCPU and no thread of the card's may be on its way to it."""
-        was_running = self.running
-        if was_running:
-            self.pause()
+        if self.running:
+            self.stop_card(name)
         self.hotplug.forget(self.slots.slot_of(name))
         card = self.slots.unplug(name)
         self.devices.remove(card)
@@ -107,10 +104,31 @@ class Removables:
             thread.close()
             self.threads.remove(thread)
         card.part()
-        if was_running:
-            self.resume()
+        if self.running:
+            self.vm.resume()
         del card
         gc.collect()                            # their eventfds go with them, which no want of descriptors would bring about
+
+    def resize_disk(self, name: str, size: int | None, *, shrink: bool = False) -> int:
+        """Bytes that the disk has now; None takes over what its file has. Raises KvmappError."""
+        if not self.running:
+            return self.disks()[name].resize(size, shrink=shrink)
+        self.stop_card(name)
+        try:
+            return self.disks()[name].resize(size, shrink=shrink)
+        finally:
+            self.cards[name].resume()
+            for thread in self.card_threads[name]:
+                thread.resume()
+            self.vm.resume()
+
+    def stop_card(self, name: str) -> None:
+        """No vCPU and no thread of the card's is on its way to it when this returns. Other cards go on: one whose server hangs holds up
+        nothing but itself."""
+        self.vm.pause()
+        self.cards[name].pause()
+        for thread in self.card_threads[name]:
+            thread.pause()
 
     def _require_hotplug(self) -> None:
         if self.hotplug is None:

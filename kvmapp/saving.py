@@ -2,7 +2,8 @@
 
     to a path    `kvmapp run --save FILE`, or {"verb": "save", "path": ...}: the file is published here, and the domain ends
     to an fd     {"verb": "save"} with a descriptor (SCM_RIGHTS): the answer says that all is written; then the client gives the file
-                 its name and says {"verb": "save-end"}. A client that goes away before has saved nothing, and the guest goes on.
+                 its name and says {"verb": "save-end"}. A client that goes away before it gave the name has saved nothing, and the
+                 guest goes on (vmsaving.py). The descriptor stays open until then: `close` is for who knows.
 
 The control thread stays free: queries are answered, and destroy gives the saving up.
 """
@@ -64,6 +65,13 @@ class Saving:
         """It ends with an error as soon as the thread comes to see it, which a file server that hangs may put off."""
         self.cancelled = True
 
+    def has_name(self) -> bool:
+        """Whether the file behind the descriptor has got its name, from whoever gave that."""
+        try:
+            return not statefile.is_temporary(os.readlink(f"/proc/self/fd/{self.fd}"))
+        except OSError:                 # closed, or there is no /proc
+            return False
+
     def close(self) -> None:
         """Closes the file; a path that was not published leaves nothing behind. A second call does nothing."""
         if self.draft:
@@ -100,7 +108,8 @@ class Saving:
     def finish(self, error: KvmappError | None) -> None:
         if not self.given_up:
             self.thread.join()
-            self.close()
             if self.cancelled and not self.published:   # perhaps after the thread had looked the last time
                 error = error or SaveGivenUp("The saving was given up")
+            if error or self.draft:
+                self.close()
             self.done(error)

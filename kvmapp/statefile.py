@@ -96,6 +96,11 @@ def sync_folder(path: str) -> None:
 NUMBERS = count()
 
 
+def is_temporary(path: str) -> bool:
+    """Of /proc/PID/fd: whether it is a draft's, before it is published, or a file's that is gone."""
+    return path.endswith(" (deleted)") or (path.endswith(".new") and os.path.basename(path).startswith("."))
+
+
 class Draft:
     """A temporary file beside `path`, gone again at the end unless it was published. Raises HostError.
 

@@ -17,6 +17,7 @@
 
 Mixed into vmprocess.Domain, which says in which states the domain is.
 """
+import gc
 import os
 
 from kvmapp.errors import BadRequest, KvmappError, NameInUse
@@ -100,8 +101,11 @@ class DeviceVerbs:
         files = self.take_files(connection, request)
         try:
             slot = plug(section, files, lambda: not connection.deserted())
-        except OSError as error:
-            raise KvmappError(f"Cannot attach {section.heading} to domain '{config.name}': {error}") from None
+        except BaseException as error:
+            self.loop.call(gc.collect)          # once this error is answered: its traceback holds what was made, with descriptors
+            if isinstance(error, OSError):
+                raise KvmappError(f"Cannot attach {section.heading} to domain '{config.name}': {error}") from None
+            raise
         finally:
             for fd in files.values():           # what the device did not take
                 os.close(fd)
@@ -126,15 +130,8 @@ class DeviceVerbs:
         name, size, shrink = wanted(request, "device", str), request.get("bytes"), wanted(request, "shrink", bool)
         if type(size) not in (int, type(None)):
             raise BadRequest(f"'bytes' is {size!r}, not a number")
-        disk = self.disk(name)
-        was_running = self.machine.running
-        if was_running:                         # no vCPU and no thread of the disk's may be on its way to it
-            self.machine.pause()
-        try:
-            size = disk.resize(size, shrink=shrink)
-        finally:
-            if was_running:
-                self.machine.resume()
+        self.disk(name)
+        size = self.machine.resize_disk(name, size, shrink=shrink)
         self.log(f"{name} has {size} bytes now")
         return {"device": name, "bytes": size}
 

@@ -13,14 +13,14 @@ from kvmapp.devices import PowerEvent, set_log
 from kvmapp.errors import BadRequest, KvmappError, WrongState
 from kvmapp.loop import Loop
 from kvmapp.machine import Machine
-from kvmapp.vmdevices import IO_ERROR, DeviceVerbs, wanted
+from kvmapp.vmdevices import IO_ERROR, wanted
+from kvmapp.vmsaving import SaveVerbs
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvmapp.control import ControlServer
-    from kvmapp.saving import Saving
 
 # How a process that ran one guest ends (kvmapp run): the exit status tells how the guest ended.
 EXIT_POWER_OFF, EXIT_ERROR, EXIT_RESET, EXIT_CRASH, EXIT_DESTROYED, EXIT_SAVED = 0, 1, 3, 4, 5, 6
@@ -40,7 +40,7 @@ class Ending:
         self.exit = exit
 
 
-class Domain(DeviceVerbs):
+class Domain(SaveVerbs):
     """A guest's life, from `start` to an Ending. `state` and `reason` are virsh's words."""
 
     def __init__(self, config, machine: Machine, loop: Loop, log):
@@ -54,9 +54,6 @@ class Domain(DeviceVerbs):
         self.ports: dict[str, ConsolePort] = {}
         self.server: ControlServer | None = None
         self.reboot_asked = False
-        self.saving: Saving | None = None
-        self.saver: object = None                       # the connection whose end is that of a saving to its descriptor
-        self.saved_from = self.state, self.reason       # what the domain goes back to when the saving fails
         self.mark: Callable[[str], None] | None = None  # hears of the points of a start
         self.warnings: list[str] = []                   # of a restored machine, for whoever asked for it
         self.debug_port = LogPort(loop, machine.debug_console, log) if machine.debug_console else None
@@ -89,9 +86,7 @@ class Domain(DeviceVerbs):
 
     def end(self, ending: Ending) -> None:
         """The guest stops here; `loop.run` returns."""
-        if self.saving:
-            self.saving.give_up()
-            self.saving = None
+        self.give_up_saving()
         self.machine.pause()
         self.ending = ending
         if self.debug_port:
@@ -104,8 +99,7 @@ class Domain(DeviceVerbs):
         """Shows the guest's last words and gives everything back; `patience`: see ConsolePort.drain."""
         if self.ending and self.ending.reason == "destroyed":
             patience = LAST_WORDS
-        if self.saving:
-            self.saving.give_up()
+        self.give_up_saving()
         self.machine.pause()
         for port in self.ports.values():
             port.close(patience)
@@ -294,99 +288,8 @@ class Domain(DeviceVerbs):
         if self.ending is None:
             self.end(Ending("destroyed", "destroyed", EXIT_DESTROYED))
 
-    def verb_save(self, connection, request) -> None:
-        """Answers when everything is written. `paused`: how it is to come back; as it is now if that is not said. `config`: what is
-        written as its configuration; its own if none is given. See saving.py."""
-        number, path, paused, config = request.get("id"), request.get("path"), request.get("paused"), request.get("config")
-        if path is not None and not (isinstance(path, str) and path.startswith("/") and "\0" not in path):
-            raise BadRequest(f"'path' is {path!r}, not an absolute path")
-        if not isinstance(paused, bool | None):
-            raise BadRequest(f"'paused' is {paused!r}, neither true nor false")
-        if not isinstance(config, dict | None):
-            raise BadRequest("'config' is no configuration")
-
-        self.save(lambda error: connection.answer(number, error=error), path or "", -1 if path else connection.take_fd(), paused, config)
-        self.saver = None if path else connection
-        connection.on_close = lambda: self.saver_gone(connection)
-
-    def verb_save_end(self, _connection, _request) -> dict:
-        """The file that was saved to has its name: the domain ends."""
-        if self.state != "saving" or self.saving:
-            raise WrongState(f"Domain '{self.config.name}' is {self.state}", "this needs a domain that was just saved")
-        self.saver = None
-        self.loop.call(lambda: self.end(Ending("saved", "saved", EXIT_SAVED)))
-        return {}
-
-    def verb_save_cancel(self, _connection, _request) -> dict:
-        """It is not to be saved, though that is under way: the guest goes on, as soon as nothing is written any more."""
-        self.require("saving")
-        self.saver = None
-        if self.saving:
-            self.saving.cancel()
-        else:
-            self.save_undone(None)
-        return {}
-
-    def verb_save_undo(self, _connection, _request) -> dict:
-        """The file did not get its name: the guest goes on."""
-        if self.state != "saving" or self.saving:
-            raise WrongState(f"Domain '{self.config.name}' is {self.state}", "this needs a domain that was just saved")
-        self.save_undone(None)
-        return {}
-
-    def saver_gone(self, connection) -> None:
-        """A later saving is none of its business."""
-        if self.saver is connection:
-            self.save_undone(None)
-
-    def save(self, done: "Callable[[KvmappError | None], None]", path: str = "", fd: int = -1, paused: bool | None = None,
-             config: dict | None = None) -> None:
-        """Stops the guest and starts to write it. `done` hears of the end, before the domain ends or goes on. Raises KvmappError."""
-        from kvmapp.saving import Saving  # a domain that is never saved goes without
-        from kvmapp.snapshot import require_savable
-        was_running = False
-        try:
-            self.require("running", "paused")
-            self.require_alive()
-            require_savable(self.config)
-            was_running = self.state == "running"
-            self.machine.pause()
-            self.require_no_wish()
-            self.device_ejected(0)                      # a card that the guest has just let go of is no part of what is saved
-            self.saved_from = self.state, self.reason
-            file, fd = fd, -1                           # Saving closes it, whatever becomes of it
-            self.saving = Saving(self.machine, self.loop, lambda error: self.save_over(error, done, path), path, file,
-                                 not was_running if paused is None else paused, config)
-        except BaseException:
-            if fd >= 0:
-                os.close(fd)
-            if was_running:
-                self.machine.resume()
-            raise
-        self.change("saving", "saving")
-
-    def save_over(self, error: KvmappError | None, done: "Callable[[KvmappError | None], None]", path: str) -> None:
-        self.saving = None
-        if error:
-            self.saver = None
-        done(error)
-        if error:
-            self.save_undone(error)
-        elif path:
-            self.end(Ending("saved", f"saved to {path}", EXIT_SAVED))
-
-    def save_undone(self, error: KvmappError | None) -> None:
-        """The guest goes on as if nothing had been."""
-        self.saver = None
-        if self.state != "saving":
-            return
-        if self.saving:
-            self.saving.give_up()
-            self.saving = None
-        self.log(f"not saved: {error.message if error else 'whoever saved it gave up'}")
-        if self.saved_from[0] == "running":
-            self.machine.resume()
-        self.change(*self.saved_from)
+    def end_saved(self, text: str) -> None:
+        self.end(Ending("saved", text, EXIT_SAVED))
 
     def verb_setmem(self, _connection, request) -> dict:
         size = request.get("bytes")

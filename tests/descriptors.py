@@ -6,14 +6,15 @@ import resource
 
 
 @contextlib.contextmanager
-def nothing_left():
-    """The next open fails with EMFILE, until one of those that are open is closed: whichever, for no number below them is free."""
+def nothing_left(but=0):
+    """The next open fails with EMFILE, until one of those that are open is closed: whichever, for no number below them is free. Or the
+    next one after as many as `but`."""
     gc.collect()                        # what other tests left might close a descriptor in between
     fillers = [os.open("/", os.O_RDONLY)]
     while fillers[-1] < max(map(int, os.listdir("/proc/self/fd"))) - 1:     # of which one is the listing's own
         fillers.append(os.open("/", os.O_RDONLY))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[-1] + 1, limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (fillers[-1] + 1 + but, limits[1]))
     try:
         yield
     finally:

@@ -162,8 +162,14 @@ class Cards:
 
     def removed(self, domain: Domain, device: str) -> None:
         """The guest has let go of a card, and its tap is gone; or of a disk."""
+        if self.forget(domain, device):
+            log.info("domain '%s': %s is detached", domain.name, device)
+            self.supervisor.events.publish("device-removed", domain.name, uuid=domain.uuid, id=domain.id, detail=device)
+
+    def forget(self, domain: Domain, device: str) -> bool:
+        """The running domain does not have it; whether we thought so."""
         if domain.live is None or domain.record is None or device not in removable(domain.live):
-            return
+            return False
         tap = domain.record.taps.pop(device.removeprefix("net"), None)
         domain.record.disks = [disk for disk in domain.record.disks if disk[0] != device]
         cards = [card.to_dict() for card in domain.live.interfaces if f"net{card.index}" != device]
@@ -175,13 +181,12 @@ class Cards:
         domain.record.config = domain.live.to_dict()
         domain.note()
         domain.notify()
-        log.info("domain '%s': %s is detached", domain.name, device)
-        self.supervisor.events.publish("device-removed", domain.name, uuid=domain.uuid, id=domain.id, detail=device)
         if tap in self.filters:
             self.supervisor.run(self.release_gone(domain.name, tap, self.filters[tap]), f"filter of {tap}")
+        return True
 
     async def release_gone(self, domain: str, tap: str, filtered: tuple[str, Known]) -> None:
-        """A domain process that says it has let go of a card, and keeps its tap, keeps the filter, too."""
+        """A domain process that says it has let go of a card, or would not take it, and keeps its tap, keeps the filter, too."""
         for number in count():
             if self.filters.get(tap) is not filtered:           # the domain has ended, or the name is another card's
                 return
@@ -198,10 +203,6 @@ class Cards:
         """What an earlier daemon left."""
         with suppress(KvmappError):
             await asyncio.to_thread(cardfilter.remove_stale)
-        for domain in self.supervisor.active():             # what guests let go of meanwhile
-            for index, tap in list(domain.record.taps.items()) if domain.record else ():
-                if not os.path.exists(f"/sys/class/net/{tap}"):
-                    self.removed(domain, f"net{index}")
         await self.check(everything=True)
 
     async def watch(self) -> None:

@@ -6,13 +6,15 @@ from kvmapp.config import DomainConfig
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain, interface_view
 from kvmapp.daemon.netverbs import parsed
-from kvmapp.daemon.plugging import added, change_file, change_live, changed, chosen, configs, plug_in, slot_in_file, slot_of, unplug
+from kvmapp.daemon.plugging import change_file, change_live, changed, chosen, configs, plug_in, slot_in_file, slot_of, unplug
 from kvmapp.daemon.taps import open_tap
-from kvmapp.errors import KvmappError, NameInUse, Unsupported, UsageError
+from kvmapp.errors import NameInUse, Unsupported, UsageError
 from kvmapp.values import make_mac
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmapp.config import InterfaceConfig
     from kvmapp.daemon.plugging import Change
 
@@ -33,8 +35,7 @@ async def interface_attach(call: Call) -> dict:
             return lambda cards: [*cards, {"index": index, "slot": slot, **settings}]
         after = [changed(domain, one, CARDS, add()) for one in targets]
         if live:
-            slot = await plug(call, domain, after[0], card_of(after[0], index))
-            added(call, domain, CARDS, add, f"net{index}", slot)
+            slot = await plug(call, domain, after[0], card_of(after[0], index), add)
         else:
             slot = next((slot_of(domain, f"net{one.index}") for one in (domain.live.interfaces if domain.live else ())
                          if one.mac == settings["mac"]), None)
@@ -133,7 +134,8 @@ def answer(call: Call, domain: Domain, card: InterfaceConfig, live: bool) -> dic
 
 # The running domain.
 
-async def plug(call: Call, domain: Domain, config: DomainConfig, card: InterfaceConfig) -> int | None:
+async def plug(call: Call, domain: Domain, config: DomainConfig, card: InterfaceConfig,
+               add: Callable[[int | None], Change]) -> int | None:
     """Makes its tap, hands it to the domain process: the slot. Raises KvmappError; then nothing of it is left."""
     supervisor = call.supervisor
     domain.want_active()
@@ -144,22 +146,21 @@ async def plug(call: Call, domain: Domain, config: DomainConfig, card: Interface
     tap = open_tap(card, bridge)
     files = tap.files(card.index) if tap else {}
     try:
-        if tap and tap.made:
-            await supervisor.cards.settle(domain.name, card, tap.name, bridge)
-        supervisor.networks.expect(config)
-        slot = await plug_in(domain, "attach-device", files, interface=card.changes())
-    except BaseException:
-        if tap:
-            supervisor.cards.release(domain.name, tap.name)
-        raise
+        try:
+            if tap and tap.made:
+                await supervisor.cards.settle(domain.name, card, tap.name, bridge)
+            supervisor.networks.expect(config)
+            domain.want_active()
+        except BaseException:
+            if tap:
+                supervisor.cards.release(domain.name, tap.name)
+            raise
+        if tap and domain.record:
+            domain.record.taps[str(card.index)] = tap.name
+        return await plug_in(call, domain, CARDS, add, f"net{card.index}", "attach-device", files, interface=card.changes())
     finally:
         if tap:
             tap.close()
-    if domain.record is None:
-        raise KvmappError(f"Domain '{domain.name}' ended meanwhile")
-    if tap:
-        domain.record.taps[str(card.index)] = tap.name
-    return slot
 
 
 async def apply_live(call: Call, domain: Domain, before: InterfaceConfig, after: InterfaceConfig) -> None:

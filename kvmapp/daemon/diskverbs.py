@@ -10,7 +10,7 @@ from kvmapp import schema
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain
 from kvmapp.daemon.netverbs import parsed
-from kvmapp.daemon.plugging import added, change_file, changed, chosen, configs, plug_in, slot_in_file, slot_of, unplug
+from kvmapp.daemon.plugging import change_file, changed, chosen, configs, plug_in, slot_in_file, slot_of, unplug
 from kvmapp.daemon.starting import check_disks, identities
 from kvmapp.daemon.threads import in_own_thread
 from kvmapp.errors import HostError, KvmappError, NameInUse, UsageError
@@ -19,6 +19,8 @@ from kvmapp.places import last_disk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvmapp.config import DiskConfig, DomainConfig
     from kvmapp.daemon.jobs import Job
     from kvmapp.daemon.plugging import Change
@@ -48,8 +50,7 @@ async def disk_attach(call: Call) -> dict:
             return lambda disks: [*disks, {"name": name, "slot": slot, **settings}]
         after = [changed(domain, one, DISKS, add()) for one in targets]
         if live:
-            slot = await plug(call, domain, next(disk for disk in after[0].disks if disk.name == name), job)
-            added(call, domain, DISKS, add, name, slot)
+            slot = await plug(call, domain, next(disk for disk in after[0].disks if disk.name == name), add, job)
         else:
             slot = slot_of(domain, name)
         if config:
@@ -57,7 +58,7 @@ async def disk_attach(call: Call) -> dict:
     return call.changed(domain)
 
 
-async def plug(call: Call, domain: Domain, disk: DiskConfig, job: Job) -> int | None:
+async def plug(call: Call, domain: Domain, disk: DiskConfig, add: Callable[[int | None], Change], job: Job) -> int | None:
     """Opens and locks its file, which the domain process may not, and hands it over: the slot. Raises KvmappError."""
     domain.want_active()
     job.progress, job.abortable = f"opening {disk.source}", True            # whose file server may never answer
@@ -66,13 +67,11 @@ async def plug(call: Call, domain: Domain, disk: DiskConfig, job: Job) -> int | 
     fd = await in_own_thread(partial(open_image, disk.name, disk.source, read_only=disk.readonly), unwanted=os.close)
     job.progress, job.abortable = None, False
     try:
-        slot = await plug_in(domain, "attach-disk", {f"disk:{disk.name}": fd}, disk=disk.changes())
+        if domain.record:
+            domain.record.disks += files
+        return await plug_in(call, domain, DISKS, add, disk.name, "attach-disk", {f"disk:{disk.name}": fd}, disk=disk.changes())
     finally:
         os.close(fd)                    # it stays open, and locked, as the domain's
-    if domain.record is None:
-        raise KvmappError(f"Domain '{domain.name}' ended meanwhile")
-    domain.record.disks += files
-    return slot
 
 
 async def disk_detach(call: Call) -> dict:

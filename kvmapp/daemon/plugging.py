@@ -7,18 +7,22 @@ because one comes or goes. `kind` is DomainConfig's attribute: interfaces, disks
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 from kvmapp.config import DomainConfig
 from kvmapp.daemon.actions import change_stored, scope
 from kvmapp.daemon.call import Call
 from kvmapp.daemon.domain import Domain, removable
-from kvmapp.errors import ConfigError, Unsupported
+from kvmapp.errors import ConfigError, KvmappError, NoResponse, Unsupported
 from kvmapp.layout import PCI_SLOTS
 from kvmapp.places import keep_places, places, require_free
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from kvmapp.daemon.cards import Cards
+    from kvmapp.daemon.process import DomainProcess
 
     Change = Callable[[list[dict]], list[dict]]         # what becomes of a configuration's sections of one kind
 
@@ -55,12 +59,16 @@ def changed(domain: Domain, config: DomainConfig, kind: str, change: Change) -> 
     wanted = change(before)
     for one in wanted:
         if one not in before and one.get("slot") is not None:
-            require_free(config, one.get("name") or f"net{one['index']}", one["slot"])
+            require_free(config, device_name(one), one["slot"])
     after = DomainConfig.from_dict({**config.to_dict(), kind: wanted})
     if config is domain.live and domain.outdated:
         return after                            # its process would not understand it in what it is to save
     keep_places(config, after)
     return after
+
+
+def device_name(section: dict) -> str:
+    return section["name"] if "name" in section else f"net{section['index']}"
 
 
 def sections(config: DomainConfig, kind: str) -> list[dict]:
@@ -80,14 +88,6 @@ def change_live(domain: Domain, kind: str, change: Change) -> None:
     set_live(domain, changed(domain, domain.live, kind, change))
 
 
-def added(call: Call, domain: Domain, kind: str, add: Callable[[int | None], Change], device: str, slot: int | None) -> None:
-    """The running domain has one more device, in that slot."""
-    known = domain.live and not domain.outdated and slot not in places(domain.live).values()
-    change_live(domain, kind, add(slot if known else None))
-    log.info("domain '%s': %s is attached", domain.name, device)
-    call.supervisor.events.publish("device-added", domain.name, uuid=domain.uuid, id=domain.id, detail=device)
-
-
 def change_file(call: Call, domain: Domain, kind: str, change: Change) -> None:
     change_stored(call, domain, lambda stored: changed(domain, stored, kind, change).to_dict())
 
@@ -104,18 +104,41 @@ def slot_of(domain: Domain, device: str) -> int | None:
     return None if domain.live is None or domain.outdated else places(domain.live).get(device)
 
 
-async def plug_in(domain: Domain, verb: str, files: dict[str, int], **section: dict) -> int | None:
-    """Hands a device to the domain process, which tells the guest: the slot. `files`: what was opened for it; they stay the caller's to
-    close."""
+async def plug_in(call: Call, domain: Domain, kind: str, add: Callable[[int | None], Change], device: str, verb: str,
+                  files: dict[str, int], **section: dict) -> int | None:
+    """Hands a device to the domain process, which tells the guest: its slot. `files`: what was opened for it; they stay the caller's to
+    close. It is noted before: where we are killed meanwhile, the next daemon looks whether the domain has it (Cards.compare)."""
+    process, cards = domain.want_active(), call.supervisor.cards
     try:
-        answer = await domain.told(domain.want_active().ask_with_files(verb, files, ATTACH_TIMEOUT, **section), COME_AND_GO)
-    except ConfigError as error:
-        if not domain.outdated or "unknown key" not in error.message:
-            raise
-        raise Unsupported(f"Domain '{domain.name}' runs under a version of kvmapp that does not know of all that this asks for: "
-                          f"{error.message}", "leave that out; or with --config it takes effect at the next start") from None
+        change_live(domain, kind, add(None))
+        answer = await domain.told(process.ask_with_files(verb, files, ATTACH_TIMEOUT, **section), COME_AND_GO)
+    except NoResponse:
+        call.supervisor.run(look_for(cards, domain, process, device), f"{device} of {domain.name}")
+        raise
+    except BaseException as error:
+        cards.forget(domain, device)
+        if isinstance(error, ConfigError) and domain.outdated and "unknown key" in error.message:
+            raise Unsupported(f"Domain '{domain.name}' runs under a version of kvmapp that does not know of all that this asks for: "
+                              f"{error.message}", "leave that out; or with --config it takes effect at the next start") from None
+        raise
+    if domain.live is None:
+        raise KvmappError(f"Domain '{domain.name}' ended meanwhile")
     slot = answer.get("slot")
-    return slot if type(slot) is int and 0 < slot < PCI_SLOTS else None
+    slot = slot if type(slot) is int and 0 < slot < PCI_SLOTS else None
+    if slot not in places(domain.live).values() and not domain.outdated:
+        change_live(domain, kind, lambda known: [
+            {**one, "slot": slot} if device_name(one) == device else one for one in known])
+    log.info("domain '%s': %s is attached", domain.name, device)
+    call.supervisor.events.publish("device-added", domain.name, uuid=domain.uuid, id=domain.id, detail=device)
+    return slot
+
+
+async def look_for(cards: Cards, domain: Domain, process: DomainProcess, device: str) -> None:
+    """Whether a domain that did not answer has the device, which it says when it answers again."""
+    with suppress(KvmappError):
+        status = await process.ask("status", None)
+        if device not in [one.get("name") for one in status.get("devices", []) if isinstance(one, dict)]:
+            cards.forget(domain, device)
 
 
 async def unplug(domain: Domain, verb: str, device: str, what: str, warnings: list[str]) -> None:

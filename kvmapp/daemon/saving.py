@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from kvmapp import statefile
 from kvmapp.config import DomainConfig
 from kvmapp.daemon.call import Call
-from kvmapp.daemon.domain import Domain
+from kvmapp.daemon.domain import Domain, removable
 from kvmapp.daemon.images import remove_image
 from kvmapp.daemon.starting import start as start_domain
 from kvmapp.daemon.threads import begin, in_own_thread
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from kvmapp.daemon.jobs import Job
     from kvmapp.daemon.paths import Paths
+    from kvmapp.daemon.process import DomainProcess
     from kvmapp.daemon.supervisor import Supervisor
 
 END_TIMEOUT = 10.0                      # for the process of a saved domain to go
@@ -118,10 +119,7 @@ async def write(paths: Paths, domain: Domain, path: str, job: Job, body: dict) -
     async with new_file(path) as draft:
         paused = {"paused": body["paused"]} if "paused" in body else {}
         try:
-            try:
-                await process.ask("save", None, fd=draft.fd, config=vouched(paths, domain), **paused)
-            except StateError:                          # the guest has just let go of a card, which we know by now as well
-                await process.ask("save", None, fd=draft.fd, config=vouched(paths, domain), **paused)
+            await ask_to_save(domain, process, fd=draft.fd, paths=paths, **paused)
         except asyncio.CancelledError:
             if job.aborted:
                 with suppress(KvmappError):             # it had not begun
@@ -138,6 +136,18 @@ async def write(paths: Paths, domain: Domain, path: str, job: Job, body: dict) -
     if not await domain.wait_until(lambda: domain.process is not process, END_TIMEOUT):
         raise NoResponse(f"Domain '{domain.name}' is saved to {path}, but its process does not end",
                          f"kvmappctl destroy {domain.name} ends it")
+
+
+async def ask_to_save(domain: Domain, process: DomainProcess, fd: int, paths: Paths, **paused: bool) -> None:
+    """Again where the guest let go of a card just before it stood still: of that we have heard before the refusal."""
+    while True:
+        devices = removable(domain.live)
+        try:
+            await process.ask("save", None, fd=fd, config=vouched(paths, domain), **paused)
+            return
+        except StateError:
+            if removable(domain.live) == devices:
+                raise
 
 
 @asynccontextmanager

@@ -292,7 +292,6 @@ cdef class VirtioBlk(VirtioDevice):
         for feature in (VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_TOPOLOGY,
                         VIRTIO_BLK_F_FLUSH):
             self.offer(feature)
-        blk.capacity = self.disk.size // BLOCK_SECTOR
         blk.size_max = SEGMENT_MOST
         blk.seg_max = SEGMENTS_MOST
         blk.blk_size = BLOCK_SECTOR
@@ -365,12 +364,14 @@ cdef class VirtioBlk(VirtioDevice):
         capacity = reader.uint("capacity", UINT64_MAX >> SECTOR_SHIFT)
         writeback = reader.flag("writeback")
         reader.done()
-        if capacity != self.blk.capacity:
-            raise StateError(f"{self.name}: the disk has {self.blk.capacity} sectors now; the guest knows {capacity}")
-        return writeback
+        if capacity > self.blk.capacity:
+            raise StateError(f"{self.name}: the disk has {self.blk.capacity} sectors now; the guest knows {capacity}",
+                             f"make its file or block device as large as it was: {capacity << SECTOR_SHIFT} bytes")
+        return capacity, writeback
 
     def restore_device(self, checked):
-        self.blk.writeback = checked
+        """A disk that is larger by now stays what the guest knows, until it is told (blockresize --capacity) or begins anew."""
+        self.blk.capacity, self.blk.writeback = checked
 
     # ---- hooks
 
@@ -392,6 +393,7 @@ cdef class VirtioBlk(VirtioDevice):
 
     cdef void deactivate(self) noexcept nogil:
         self.blk.writeback = self.disk.write_cache
+        self.blk.capacity = self.disk.size // BLOCK_SECTOR
 
     cdef void write_config(self, uint32_t offset, uint32_t size, uint64_t value) noexcept nogil:
         if offset != WRITEBACK or size != 1 or not self.has(VIRTIO_BLK_F_CONFIG_WCE):

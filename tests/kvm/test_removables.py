@@ -1,15 +1,17 @@
 """Disks and network cards of a whole machine that come and go."""
+import contextlib
 import gc
 import os
 
 import pytest
 
 from kvmapp.config import DiskConfig, InterfaceConfig, config_from_options
-from kvmapp.errors import BadRequest, GuestImageError, Unsupported
+from kvmapp.errors import BadRequest, GuestImageError, KvmappError, Unsupported
 from kvmapp.imagefile import open_image
 from kvmapp.machine import Machine
 from kvmapp.options import part_arguments, run_options
 from kvmapp.probe import IMAGE
+from tests.descriptors import nothing_left
 from tests.smalldisk import sparse
 
 pytestmark = pytest.mark.kvm
@@ -110,4 +112,45 @@ def test_disks_that_come_and_go_take_their_descriptors_along(image):
     finally:
         gc.enable()
     assert seen[0] == seen[1] == seen[2]
+    one.close()
+
+
+class Hung:
+    """A device whose server does not answer."""
+    name = "hung"
+
+    def pause(self):
+        raise AssertionError("it is waited for")
+
+
+def test_a_disk_that_grows_and_a_card_that_goes_wait_for_no_other(image):
+    """Their servers may hang: the guest has lost what those serve, and nothing else."""
+    one = machine("--disk", image, "--net", "user")
+    one.boot()
+    one.resume()
+    one.devices.append(Hung())
+    assert one.resize_disk("vda", 2 << 20) == 2 << 20
+    with pytest.raises(GuestImageError, match="would be lost"):
+        one.resize_disk("vda", 1 << 20)
+    one.ask_for_card("net0")
+    assert one.take_ejected(asked=True) == ["net0"] and one.running
+    one.devices.pop()
+    one.pause()
+    assert one.resize_disk("vda", 3 << 20) == 3 << 20
+    one.close()
+
+
+def test_an_attach_that_fails_leaves_no_descriptor(image):
+    """At whichever it is that the host has none left."""
+    one = machine()
+    disk = DiskConfig(name="vdb", source=image, queues=4)
+    before = descriptors()
+    refused = 0
+    for room in range(200):
+        with nothing_left(room), contextlib.suppress(KvmappError, OSError):
+            one.attach_disk(disk, {})
+            break
+        refused += 1
+        assert descriptors() == before, f"with room for {room}"
+    assert one.disks() and refused > 20, "it comes at last"
     one.close()

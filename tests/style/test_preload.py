@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("machine", "netcards", "slots", "snapshot", "saving", "statefile", "tuning", "vmprocess", "vmdevices", "control", "console",
-         "loop", "cardfiles", "cpuset", "kvmstats", "layout", "state", "config", "values", "settings", "errors",
+ROOMS = ("machine", "netcards", "slots", "snapshot", "saving", "statefile", "tuning", "vmprocess", "vmdevices", "vmsaving", "control",
+         "console", "loop", "cardfiles", "cpuset", "kvmstats", "layout", "state", "config", "values", "settings", "errors",
          "places", "boot", "block", "hw", "net", "virtio")
 # Needed while the process is root still: files and command lines are read, and kernels are unpacked into root's folder.
 EARLIER = {"kvmapp.ini", "kvmapp.initree", "kvmapp.options", "hashlib", "lzma", "bz2", "backports", "lz4.block"}

@@ -8,6 +8,7 @@ Each running domain appends to a file of its own, RUN_DIR/counter, so that a tes
 import contextlib
 import json
 import os
+import select
 import selectors
 import socket
 import time
@@ -170,7 +171,7 @@ class FakeDomain:
         self.links[request["device"]] = request["up"]
         return request
 
-    def verb_attach_device(self, _client, request):
+    def verb_attach_device(self, client, request):
         came, self.came = self.came, []
         if "no-hotplug" in self.behaviour:
             for fd in came:
@@ -181,9 +182,20 @@ class FakeDomain:
         if "knows-no-slot" in self.behaviour and "slot" in section:
             raise Refusal(error("config", f"slot = '{section['slot']}': unknown key"))
         name = section.get("name") or f"net{section['index']}"
+        self.hold("before")
+        if select.select([client], [], [], 0)[0]:               # whoever asked has hung up
+            raise Refusal(error("bad-request", "nobody waits for this device any more"))
         self.cards.append(name)
+        self.hold("after")
         self.slot += 1
         return {"device": name, "slot": section.get("slot", self.slot)}
+
+    def hold(self, when):
+        """With the behaviour attach-held-WHEN: until there is a file 'go'."""
+        if f"attach-held-{when}" in self.behaviour:
+            open(os.path.join(self.run_dir, "held"), "w").close()
+            while not os.path.exists(os.path.join(self.run_dir, "go")):
+                time.sleep(0.01)
 
     def verb_detach_device(self, _client, request):
         name = request["device"]

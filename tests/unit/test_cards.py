@@ -9,8 +9,9 @@ from unittest.mock import Mock
 import pytest
 
 from kvmapp.config import DomainConfig
-from kvmapp.daemon import cardfilter, cards, dnsmasq, owners, ports
+from kvmapp.daemon import cardfilter, cards, cardverbs, dnsmasq, owners, ports
 from kvmapp.daemon.network import ACTIVE, STOPPING, Network
+from kvmapp.errors import HostError, NoResponse
 from kvmapp.hostconfig import NetworkConfig
 
 ANN, BOB = "52:54:00:00:00:01", "52:54:00:00:00:02"
@@ -259,7 +260,7 @@ class LetGo:
         monkeypatch.setattr(cards, "CLOSING", (0, 0, 0))
         config = DomainConfig.from_dict({"name": "ann", "memory": 64 << 20, "interfaces": [
             {"index": 0, "type": "network", "source": "default", "mac": ANN, "filter": "clean-traffic"}]})
-        self.domain: Any = SimpleNamespace(name="ann", uuid="", id=1, paths=None, live=config, notify=Mock(), note=Mock(),
+        self.domain: Any = SimpleNamespace(name="ann", uuid="", id=1, paths=None, live=config, notify=Mock(), note=Mock(), outdated=False,
                                            record=SimpleNamespace(taps={"0": "vnet0"}, disks=[]))
         place.domains["ann"] = self.domain
 
@@ -348,3 +349,79 @@ def test_a_card_that_is_let_go_of_while_a_check_is_at_work_keeps_its_filter(monk
         await gone(place)
     loop.run_until_complete(story())
     loop.close()
+
+
+class Attached:
+    """A domain without cards that gets one with a filter; `process` is its process."""
+
+    def __init__(self, monkeypatch, place, process):
+        monkeypatch.setattr(cards, "CLOSING", (0, 0, 0))
+        self.place = place
+        section = {"index": 0, "type": "network", "source": "default", "mac": ANN, "filter": "clean-traffic"}
+        config = DomainConfig.from_dict({"name": "ann", "memory": 64 << 20})
+
+        async def told(work, _cannot):
+            return await work
+        self.domain: Any = SimpleNamespace(name="ann", uuid="", id=1, live=config, notify=Mock(), note=Mock(), outdated=False,
+                                           record=SimpleNamespace(taps={}, disks=[], config={}), told=told, want_active=lambda: process)
+        place.domains["ann"] = self.domain
+        tap = SimpleNamespace(made=True, name="vnet0", files=lambda _: {}, close=lambda: None)
+        monkeypatch.setattr(cardverbs, "open_tap", lambda *_: tap)
+        monkeypatch.setattr(ports, "settle", lambda card, tap, *_: place.tables.__setitem__(tap, card.mac))
+        supervisor: Any = place.cards.supervisor
+        supervisor.cards = place.cards
+        supervisor.networks.bridge_of, supervisor.networks.expect = lambda _: "virbr0", lambda _: None
+        self.call: Any = SimpleNamespace(supervisor=supervisor)
+        self.after = DomainConfig.from_dict({**config.to_dict(), "interfaces": [section]})
+        self.add = lambda slot: lambda known: [*known, {**section, "slot": slot}]
+
+    async def plug(self):
+        return await cardverbs.plug(self.call, self.domain, self.after, self.after.interfaces[0], self.add)
+
+    def names(self):
+        return [one.index for one in self.domain.live.interfaces], self.domain.record.taps
+
+
+@pytest.mark.parametrize("error", [HostError("no, thanks"), NoResponse("Domain 'ann' does not answer")])
+def test_a_card_that_was_not_taken_keeps_its_filter_as_long_as_its_tap_is_there(monkeypatch, tmp_path, error):
+    """A domain process that says no, or nothing, may have the tap all the same."""
+    place = Place(monkeypatch, tmp_path)
+
+    async def refuse(*_, **_more):
+        assert attached.names() == ([0], {"0": "vnet0"}), "it is noted before, for the next daemon"
+        raise error
+
+    async def status(*_):
+        return {"devices": [{"name": "vda"}]}
+    attached = Attached(monkeypatch, place, SimpleNamespace(ask_with_files=refuse, ask=status))
+
+    async def story():
+        with pytest.raises(type(error)):
+            await attached.plug()
+        await rounds()
+        await place.cards.check()
+        assert place.tables == {"vnet0": ANN} and attached.names() == ([], {})
+        place.closed.add("vnet0")
+        await gone(place)
+    asyncio.run(story())
+
+
+def test_a_card_that_was_taken_without_a_word_is_found(monkeypatch, tmp_path):
+    place = Place(monkeypatch, tmp_path)
+    answers = asyncio.Event()
+
+    async def silence(*_, **_more):
+        raise NoResponse("Domain 'ann' does not answer")
+
+    async def status(*_):
+        await answers.wait()
+        return {"devices": [{"name": "net0"}]}
+    attached = Attached(monkeypatch, place, SimpleNamespace(ask_with_files=silence, ask=status))
+
+    async def story():
+        with pytest.raises(NoResponse):
+            await attached.plug()
+        answers.set()
+        await rounds()
+        assert place.tables == {"vnet0": ANN} and attached.names() == ([0], {"0": "vnet0"})
+    asyncio.run(story())

@@ -1,4 +1,6 @@
 """The control socket's verbs for devices: what they ask of the machine, and what they refuse."""
+import gc
+import os
 import socket
 from types import SimpleNamespace
 from typing import Any
@@ -6,7 +8,7 @@ from typing import Any
 import pytest
 
 from kvmapp.control import Connection
-from kvmapp.errors import BadRequest, GuestImageError
+from kvmapp.errors import BadRequest, GuestImageError, KvmappError
 from kvmapp.loop import Loop
 from kvmapp.vmdevices import DeviceNotFound, DeviceVerbs
 
@@ -41,38 +43,28 @@ def test_a_link_request_of_another_shape_is_refused(domain, request_, words):
         domain.verb_link(None, request_)
 
 
-class Disk:
-    def __init__(self, machine):
-        self.machine, self.asked = machine, []
-
-    def resize(self, size, *, shrink):
-        assert not self.machine.running
-        self.asked.append((size, shrink))
+def test_a_disk_is_resized(domain):
+    def resize_disk(name, size, *, shrink):
+        assert name == "vda"
+        asked.append((size, shrink))
         if size == 7:
             raise GuestImageError("7 bytes are no multiple of 512")
         return size or 1024
-
-
-@pytest.mark.parametrize("running", [True, False])
-def test_a_disk_is_resized_while_the_machine_stands_still(domain, running):
-    machine, domain.log = domain.machine, [].append
-    machine.pause = lambda: setattr(machine, "running", False)
-    machine.resume = lambda: setattr(machine, "running", True)
-    machine.running, domain.require = running, lambda *_states: None
-    disk = Disk(machine)
-    machine.disks = lambda: {"vda": disk}
+    asked: list[tuple] = []
+    domain.log, domain.require = [].append, lambda *_states: None
+    domain.machine.disks, domain.machine.resize_disk = lambda: {"vda": None}, resize_disk
     request = {"device": "vda", "bytes": 512, "shrink": True}
     assert domain.verb_resize_disk(None, request) == {"device": "vda", "bytes": 512}
     assert domain.verb_resize_disk(None, {**request, "bytes": None, "shrink": False}) == {"device": "vda", "bytes": 1024}
     with pytest.raises(GuestImageError):
         domain.verb_resize_disk(None, {**request, "bytes": 7})
-    assert disk.asked == [(512, True), (None, False), (7, True)] and machine.running is running
+    assert asked == [(512, True), (None, False), (7, True)]
     for change in {"device": 1}, {"bytes": "1"}, {"bytes": True}, {"bytes": 1.0}, {"shrink": 1}, {"shrink": None}:
         with pytest.raises(BadRequest, match=f"'{min(change)}' is"):
             domain.verb_resize_disk(None, {**request, **change})
     with pytest.raises(DeviceNotFound, match="Domain 'web' has no disk 'net0'"):
         domain.verb_resize_disk(None, {**request, "device": "net0"})
-    assert len(disk.asked) == 3
+    assert len(asked) == 3
 
 
 class PluggedIn(Exception):
@@ -95,6 +87,25 @@ def test_a_card_that_nobody_waits_for_any_more_stays_out(domain, waits, outcome)
             domain.verb_attach_device(connection, {"interface": {}})
     ours.close()
     loop.close()
+
+
+@pytest.mark.parametrize(("error", "words"), [(OSError(24, "Too many open files"), "Cannot attach disk vdb to .*Too many open"),
+                                              (GuestImageError("No such file"), "No such file")])
+def test_what_is_left_of_an_attach_that_fails_is_collected(domain, error, words):
+    """But later: as long as the error is there, so are its frames."""
+    def plug(_section, files, _wanted):
+        raise error
+    read, write = os.pipe()
+    later: list = []
+    domain.loop, domain.require = SimpleNamespace(call=later.append), lambda *_states: None
+    domain.with_disk = lambda _: (SimpleNamespace(name="web"), SimpleNamespace(name="vdb", heading="disk vdb"))
+    domain.machine.attach_disk = plug
+    with pytest.raises(KvmappError, match=words):
+        domain.verb_attach_disk(SimpleNamespace(fds=[read], deserted=lambda: False), {"disk": {}, "files": ["disk:vdb"]})
+    assert later == [gc.collect]
+    with pytest.raises(OSError):
+        os.fstat(read)
+    os.close(write)
 
 
 def test_a_card_that_is_not_there_is_named_with_those_that_are(domain):

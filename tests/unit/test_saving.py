@@ -82,13 +82,19 @@ class Attempt:
     """A Saving that ends when it is told to."""
 
     def __init__(self, machine, loop, done, *_):
-        self.finish, self.told = done, []
+        self.finish, self.told, self.named = done, [], False
 
     def give_up(self):
         self.told.append("given up")
 
     def cancel(self):
         self.told.append("cancelled")
+
+    def close(self):
+        self.told.append("closed")
+
+    def has_name(self):
+        return self.named
 
 
 def saver():
@@ -112,7 +118,34 @@ def test_who_saves_and_goes_away_has_saved_nothing(saved, written):
     if written:
         attempt.finish(None)
     saved.first.on_close()
-    assert saved.state == "running" and attempt.told == ([] if written else ["given up"])
+    assert saved.state == "running" and attempt.told == (["closed"] if written else ["given up"])
+
+
+def test_who_goes_away_after_the_rename_has_saved_it(saved):
+    """The guest must not go on beside a file from which it may be restored."""
+    saved.saving.named = True
+    saved.saving.finish(None)
+    saved.first.on_close()
+    assert (saved.state, saved.ending.reason) == ("shut off", "saved") and "resume" not in saved.machine.did
+
+
+def test_whether_the_file_of_a_descriptor_has_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(snapshot, "describe", lambda *_: ({}, {}))
+    monkeypatch.setattr(statefile, "write", lambda *_: 0)
+    loop, machine = Loop(), SimpleNamespace(disks=dict, memory=None, config=None)
+    with statefile.Draft(str(tmp_path / "saved")) as draft:
+        saving = Saving(machine, loop, lambda error: loop.stop(), fd=os.dup(draft.fd))     # type: ignore[arg-type]
+        loop.run()
+        assert not saving.has_name()
+        draft.publish()
+        assert saving.has_name()
+        os.rename(tmp_path / "saved", tmp_path / "elsewhere")
+        assert saving.has_name()
+        os.unlink(tmp_path / "elsewhere")
+        assert not saving.has_name()
+    saving.close()
+    assert not saving.has_name()
+    loop.close()
 
 
 @pytest.mark.parametrize("way", ["cancelled before it was written", "cancelled after", "undone", "failed"])

@@ -78,11 +78,34 @@ def test_a_state_of_another_disk_is_refused(image):
     with Machine(image) as machine:
         machine.driver.card.pause()
         state = machine.driver.card.save()
-        for change in ({"capacity": 1}, {"capacity": "2048"}, {"writeback": 1}, {"version": 2}, {"more": 1}):
+        for change in ({"capacity": SECTORS + 1}, {"capacity": "2048"}, {"writeback": 1}, {"version": 2}, {"more": 1}):
             device = {**state["virtio"]["device"], **change}
             with pytest.raises(StateError, match="vda"):
                 machine.driver.card.restore({**state, "virtio": {**state["virtio"], "device": device}})
         assert machine.driver.card.save() == state
+
+
+def test_a_disk_that_grew_while_its_guest_lay_saved(image):
+    """It is as large as the guest knows it, until that is told of it; or begins anew."""
+    with Machine(image) as first:
+        first.driver.card.pause()
+        state = first.driver.card.save()
+    with open(image, "r+b") as file:
+        file.truncate(2 * SECTORS * 512)
+    for tell in (lambda machine: machine.device.resize(), lambda machine: machine.driver.card.reset()):
+        with Machine(image, start=False) as second:
+            second.driver.card.pause()
+            second.driver.card.restore(state)
+            assert second.driver.card.save() == state and second.driver.config(0, 8) == SECTORS
+            tell(second)
+            assert second.driver.card.save()["virtio"]["device"]["capacity"] == 2 * SECTORS
+    with open(image, "r+b") as file:
+        file.truncate(SECTORS * 512 - 512)
+    with Machine(image, start=False) as third:
+        third.driver.card.pause()
+        with pytest.raises(StateError, match=f"the guest knows {SECTORS}") as caught:
+            third.driver.card.restore(state)
+        assert caught.value.hint.endswith(f": {SECTORS * 512} bytes")
 
 
 def test_a_resize_is_told_to_the_guest(machine, image):

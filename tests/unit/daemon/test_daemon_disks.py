@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +72,27 @@ def test_a_slot_that_would_change_the_order_of_disks_is_not_written(running):
     running.post("web", "disks", name="vdb", settings={"source": image(running, "b")}, persistent=True)
     disks = running.get("web", "config", inactive=1)["config"]["disks"]
     assert [(disk["name"], disk["slot"]) for disk in disks] == [("vda", 20), ("vdb", None)]
+
+
+@pytest.mark.parametrize("held", ["before", "after"])
+def test_a_daemon_that_dies_while_a_disk_is_attached(host, held):
+    """The next one knows what came of it, whether the domain has the disk or not."""
+    host.start()
+    with_disk(host, f"attach-held-{held}")
+    host.post("web", "start")
+    with ThreadPoolExecutor() as clients:
+        attach = clients.submit(host.post, "web", "disks", name="vdb", settings={"source": image(host, "b")})
+        host.eventually(lambda: os.path.exists(f"{host.paths.domain_own('web')}/held"))
+        host.kill()
+        with pytest.raises(errors.KvmappError):
+            attach.result()
+    Path(host.paths.domain_own("web"), "go").touch()
+    host.start()
+    had = {one["name"] for one in host.told("web", "status")["devices"]}
+    host.eventually(lambda: {*disks(host)} == had)
+    assert {disk[0] for disk in host.records()["web"]["disks"]} == had
+    host.post("web", "disks", "detach", disk="vda")
+    host.eventually(lambda: {*disks(host)} == had - {"vda"})
 
 
 def test_the_domain_gets_the_file_open_and_locked(running):

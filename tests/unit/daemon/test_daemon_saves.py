@@ -182,28 +182,33 @@ def test_a_configuration_that_the_daemon_had_saved_is_good_after_the_domain_was_
     assert running.post("web", "start")["domain"]["title"] == "as it ran"
 
 
-def test_a_card_that_goes_as_the_save_begins_costs_a_second_try(tmp_path):
+def live(*disks):
+    """A configuration with these disks."""
+    return SimpleNamespace(to_dict=lambda: {"disks": disks}, disks=[SimpleNamespace(name=name) for name in disks], interfaces=[])
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_each_card_that_goes_as_the_save_begins_costs_another_try(tmp_path, stays):
+    """But none that does not go: that is another reason, and would be one for ever."""
     told = []
 
     async def ask(verb, *_, config=None, **_more):
-        told.append(verb if config is None else config["title"])
-        if config == first:
-            domain.live = live("second")
-            raise errors.StateError("interface 1 was not there, is there")
-
-    def live(title):
-        return SimpleNamespace(to_dict=lambda: {"title": title})
+        told.append(verb if config is None else " ".join(config["disks"]))
+        if config and config["disks"]:
+            domain.live = live(*config["disks"][:-1]) if not stays else live(*config["disks"])
+            raise errors.StateError("disk vdb was not there, is there")
 
     async def gone(*_):
         return True
-    first = {"title": "first"}
     process = SimpleNamespace(ask=ask)
-    domain: Any = SimpleNamespace(name="web", live=live("first"), outdated=False, want_active=lambda: process, wait_until=gone)
+    domain: Any = SimpleNamespace(name="web", live=live("vda", "vdb"), outdated=False, want_active=lambda: process, wait_until=gone)
     paths = Paths(str(tmp_path))
     paths.make_folders()
-    asyncio.run(saving.write(paths, domain, str(tmp_path / "web.save"), SimpleNamespace(progress=""), {}))   # type: ignore[arg-type]
-    assert told == ["first", "second", "save-end"]
-    assert len(os.listdir(paths.vouched)) == 2
+    job: Any = SimpleNamespace(progress="")
+    with pytest.raises(errors.StateError) if stays else contextlib.nullcontext():
+        asyncio.run(saving.write(paths, domain, str(tmp_path / "web.save"), job, {}))
+    assert told == (["vda vdb"] if stays else ["vda vdb", "vda", "", "save-end"])
+    assert len(os.listdir(paths.vouched)) == len([one for one in told if one != "save-end"])
 
 
 @pytest.mark.parametrize("tries", [1, 2])
@@ -214,12 +219,13 @@ def test_an_abort_is_told_to_the_domain_whichever_try_it_meets(tmp_path, tries):
     async def ask(verb, *_, **_more):
         told.append(verb)
         if verb == "save" and len(told) < tries:
+            domain.live = live()
             raise errors.StateError("interface 1 was not there, is there")
         if verb == "save":
             asked.set()
             await asyncio.sleep(60)
     process = SimpleNamespace(ask=ask)
-    domain: Any = SimpleNamespace(name="web", live=SimpleNamespace(to_dict=dict), outdated=False, want_active=lambda: process)
+    domain: Any = SimpleNamespace(name="web", live=live("vda"), outdated=False, want_active=lambda: process)
     paths = Paths(str(tmp_path))
     paths.make_folders()
     jobs = Jobs("web", lambda job, begins: None)
