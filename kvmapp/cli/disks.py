@@ -54,7 +54,7 @@ def slot_of(address: str) -> str:
     """virsh's pci:DOMAIN.BUS.SLOT.FUNCTION as the setting `slot`."""
     kind, _, numbers = address.partition(":")
     try:
-        domain_number, bus, slot, function = (int(number, 16) for number in numbers.split("."))
+        domain_number, bus, slot, function = (int(number, 16) for number in numbers.split(".") if number.isalnum())
     except ValueError:
         raise UsageError(f"Invalid address: {address}", "--address pci:0000.00.09.0") from None
     if kind != "pci" or domain_number or bus or function or not 0 < slot < 32:

@@ -125,7 +125,7 @@ async def plug_in(call: Call, domain: Domain, kind: str, add: Callable[[int | No
         raise KvmappError(f"Domain '{domain.name}' ended meanwhile")
     slot = answer.get("slot")
     slot = slot if type(slot) is int and 0 < slot < PCI_SLOTS else None
-    if slot not in places(domain.live).values() and not domain.outdated:
+    if slot is not None and slot not in places(domain.live).values() and not domain.outdated:
         change_live(domain, kind, lambda known: [
             {**one, "slot": slot} if device_name(one) == device else one for one in known])
     log.info("domain '%s': %s is attached", domain.name, device)

@@ -98,7 +98,8 @@ def test_attach_disk(daemon, ctl, words, body):
 
 
 @pytest.mark.parametrize("address", ["", "9", "pci:9", "pci:0000.00.09", "pci:0000.00.xx.0", "usb:0000.00.09.0", "pci:0001.00.09.0",
-                                     "pci:0000.01.09.0", "pci:0000.00.09.1", "pci:0000.00.00.0", "pci:0000.00.20.0"])
+                                     "pci:0000.01.09.0", "pci:0000.00.09.1", "pci:0000.00.00.0", "pci:0000.00.20.0",
+                                     "pci:0000.00.1_f.0", "pci:0000.00.09.-0", "pci:0000.00. 9.0"])
 def test_attach_disk_at_no_address(daemon, ctl, address):
     status, _, error = ctl("attach-disk", "linuxvm01", "/y.img", "vdb", "--address", address)
     assert status == 1 and error.startswith(f"error: Invalid address: {address}") and error.endswith("hint: --address pci:0000.00.09.0\n")
