@@ -41,6 +41,7 @@ class Saving:
         self.given_up = self.cancelled = self.published = False
         self.draft = statefile.Draft(path) if path else None
         self.fd = self.draft.fd if self.draft else fd
+        self.nameless = self.name()
         try:
             if config is not None:
                 snapshot.compare(machine.config.name, machine.config, DomainConfig.from_dict(config))
@@ -67,10 +68,13 @@ class Saving:
 
     def has_name(self) -> bool:
         """Whether the file behind the descriptor has got its name, from whoever gave that."""
+        return bool(self.nameless) and self.name() == statefile.published(self.nameless)
+
+    def name(self) -> str:
         try:
-            return not statefile.is_temporary(os.readlink(f"/proc/self/fd/{self.fd}"))
+            return os.readlink(f"/proc/self/fd/{self.fd}")
         except OSError:                 # closed, or there is no /proc
-            return False
+            return ""
 
     def close(self) -> None:
         """Closes the file; a path that was not published leaves nothing behind. A second call does nothing."""

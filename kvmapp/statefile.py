@@ -96,15 +96,17 @@ def sync_folder(path: str) -> None:
 NUMBERS = count()
 
 
-def is_temporary(path: str) -> bool:
-    """Of /proc/PID/fd: whether it is a draft's, before it is published, or a file's that is gone."""
-    return path.endswith(" (deleted)") or (path.endswith(".new") and os.path.basename(path).startswith("."))
+def published(temporary: str) -> str:
+    """The path that a draft of this temporary path gets."""
+    folder, name = os.path.split(temporary)
+    return os.path.join(folder, name.removeprefix(".").removesuffix(".new").rpartition(".")[0])
 
 
 class Draft:
     """A temporary file beside `path`, gone again at the end unless it was published. Raises HostError.
 
-    `publish` and `close` may be two threads'; one that is `given_up` before its `publish` has ended is not published.
+    `publish` and `close` may be two threads'; one that is `given_up` before it has its name gets none. With its name it stays: the domain
+    that wrote it may have seen that (vmsaving.py), and is gone.
     """
 
     def __init__(self, path: str, mode: int = 0o600):
@@ -146,11 +148,16 @@ class Draft:
         try:
             with self.lock:
                 os.fsync(self.fd)
+                if self.given_up:
+                    return
                 os.rename(self.temporary, self.path)
                 self.temporary = self.path              # a file that is said to have failed must not stay: its guest goes on
-                sync_folder(os.path.dirname(self.path))
-                if not self.given_up:
-                    self.temporary = ""
+                try:
+                    sync_folder(os.path.dirname(self.path))
+                finally:
+                    if self.given_up:                   # then nobody says so
+                        self.temporary = ""
+                self.temporary = ""
         except OSError as error:
             raise HostError(f"Cannot save to '{self.path}': {error.strerror}", hint_for(error)) from None
 

@@ -241,6 +241,8 @@ async def tell_process(call: Call, verb: str) -> dict:
     with domain.jobs.hold(verb, call.who):
         await process.ask(verb)
         await process.refresh()
+        if process.ended:
+            await domain.wait_until(lambda: domain.process is not process, DESTROY_TIMEOUT)
     return call.changed(domain)
 
 

@@ -53,7 +53,7 @@ class Cards:
             taps = domain.record.taps if domain.record else {}
             for card in domain.live.interfaces if domain.live else ():
                 tap = taps.get(str(card.index))
-                if tap and card.type in ("bridge", "network"):
+                if tap and card.type in ("bridge", "network") and f"net{card.index}" not in domain.plugging:
                     yield domain.name, card, tap, self.bridge_of(card)
 
     def has(self, domain: str, tap: str) -> bool:
@@ -157,7 +157,7 @@ class Cards:
 
     def compare(self, domain: Domain, devices: list[str]) -> None:
         """These are what the running domain has: the guest may have let go of others while no daemon was there to hear of it."""
-        for device in removable(domain.live) - {*devices}:
+        for device in removable(domain.live) - {*devices} - domain.plugging:
             self.removed(domain, device)
 
     def removed(self, domain: Domain, device: str) -> None:
@@ -168,10 +168,12 @@ class Cards:
 
     def forget(self, domain: Domain, device: str) -> bool:
         """The running domain does not have it; whether we thought so."""
-        if domain.live is None or domain.record is None or device not in removable(domain.live):
+        if domain.live is None or domain.record is None:
             return False
         tap = domain.record.taps.pop(device.removeprefix("net"), None)
         domain.record.disks = [disk for disk in domain.record.disks if disk[0] != device]
+        if device not in removable(domain.live):
+            return False
         cards = [card.to_dict() for card in domain.live.interfaces if f"net{card.index}" != device]
         disks = [disk.to_dict() for disk in domain.live.disks if disk.name != device]
         live = DomainConfig.from_dict({**domain.live.to_dict(), "interfaces": cards, "disks": disks})
@@ -203,6 +205,10 @@ class Cards:
         """What an earlier daemon left."""
         with suppress(KvmappError):
             await asyncio.to_thread(cardfilter.remove_stale)
+        for domain in self.supervisor.active():             # what guests let go of meanwhile
+            for index, tap in list(domain.record.taps.items()) if domain.record else ():
+                if not os.path.exists(f"/sys/class/net/{tap}"):
+                    self.removed(domain, f"net{index}")
         await self.check(everything=True)
 
     async def watch(self) -> None:

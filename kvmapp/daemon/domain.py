@@ -90,6 +90,7 @@ class Domain:
         self.destroyed_by: str | None = None            # who killed a process that could not say it itself
         self.presses = 0                                # of its power button
         self.waiters: list[asyncio.Future[None]] = []
+        self.plugging: set[str] = set()         # devices that are noted, of which it is not known yet whether its process has them
         self.looks: dict[str, asyncio.Task[dict[str, int]]] = {}        # at the files of its disks, which may hang
         self.unsaved = False                            # its record has news that did not get onto disk
 

@@ -6,8 +6,8 @@ because one comes or goes. `kind` is DomainConfig's attribute: interfaces, disks
 """
 from __future__ import annotations
 
+import asyncio
 import logging
-from contextlib import suppress
 
 from kvmapp.config import DomainConfig
 from kvmapp.daemon.actions import change_stored, scope
@@ -21,8 +21,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kvmapp.daemon.cards import Cards
     from kvmapp.daemon.process import DomainProcess
+    from kvmapp.daemon.supervisor import Supervisor
 
     Change = Callable[[list[dict]], list[dict]]         # what becomes of a configuration's sections of one kind
 
@@ -108,37 +108,50 @@ async def plug_in(call: Call, domain: Domain, kind: str, add: Callable[[int | No
                   files: dict[str, int], **section: dict) -> int | None:
     """Hands a device to the domain process, which tells the guest: its slot. `files`: what was opened for it; they stay the caller's to
     close. It is noted before: where we are killed meanwhile, the next daemon looks whether the domain has it (Cards.compare)."""
-    process, cards = domain.want_active(), call.supervisor.cards
+    process, supervisor = domain.want_active(), call.supervisor
+    domain.plugging.add(device)
     try:
         change_live(domain, kind, add(None))
         answer = await domain.told(process.ask_with_files(verb, files, ATTACH_TIMEOUT, **section), COME_AND_GO)
-    except NoResponse:
-        call.supervisor.run(look_for(cards, domain, process, device), f"{device} of {domain.name}")
+    except (NoResponse, asyncio.CancelledError):        # it may have the device all the same
+        supervisor.run(look_for(supervisor, domain, process, kind, device), f"{device} of {domain.name}")
         raise
     except BaseException as error:
-        cards.forget(domain, device)
+        domain.plugging.discard(device)
+        supervisor.cards.forget(domain, device)
         if isinstance(error, ConfigError) and domain.outdated and "unknown key" in error.message:
             raise Unsupported(f"Domain '{domain.name}' runs under a version of kvmapp that does not know of all that this asks for: "
                               f"{error.message}", "leave that out; or with --config it takes effect at the next start") from None
         raise
+    domain.plugging.discard(device)
     if domain.live is None:
         raise KvmappError(f"Domain '{domain.name}' ended meanwhile")
-    slot = answer.get("slot")
-    slot = slot if type(slot) is int and 0 < slot < PCI_SLOTS else None
-    if slot is not None and slot not in places(domain.live).values() and not domain.outdated:
-        change_live(domain, kind, lambda known: [
-            {**one, "slot": slot} if device_name(one) == device else one for one in known])
+    return plugged(supervisor, domain, kind, device, answer.get("slot"))
+
+
+def plugged(supervisor: Supervisor, domain: Domain, kind: str, device: str, slot: object) -> int | None:
+    """The running domain has it, in that slot."""
+    number = slot if type(slot) is int and 0 < slot < PCI_SLOTS else None
+    if number is not None and domain.live and number not in places(domain.live).values() and not domain.outdated:
+        change_live(domain, kind, lambda known: [{**one, "slot": number} if device_name(one) == device else one for one in known])
     log.info("domain '%s': %s is attached", domain.name, device)
-    call.supervisor.events.publish("device-added", domain.name, uuid=domain.uuid, id=domain.id, detail=device)
-    return slot
+    supervisor.events.publish("device-added", domain.name, uuid=domain.uuid, id=domain.id, detail=device)
+    return number
 
 
-async def look_for(cards: Cards, domain: Domain, process: DomainProcess, device: str) -> None:
+async def look_for(supervisor: Supervisor, domain: Domain, process: DomainProcess, kind: str, device: str) -> None:
     """Whether a domain that did not answer has the device, which it says when it answers again."""
-    with suppress(KvmappError):
-        status = await process.ask("status", None)
-        if device not in [one.get("name") for one in status.get("devices", []) if isinstance(one, dict)]:
-            cards.forget(domain, device)
+    try:
+        devices = (await process.ask("status", None)).get("devices", [])
+        found = next((one for one in devices if isinstance(one, dict) and one.get("name") == device), None)
+        if found is None:
+            supervisor.cards.forget(domain, device)
+        elif device in removable(domain.live):
+            plugged(supervisor, domain, kind, device, found.get("slot"))
+    except KvmappError:                                 # it has ended, or the next connection compares
+        pass
+    finally:
+        domain.plugging.discard(device)
 
 
 async def unplug(domain: Domain, verb: str, device: str, what: str, warnings: list[str]) -> None:

@@ -128,6 +128,7 @@ class DomainProcess:
         self.since = time.time()
         self.news = False                       # within `changed`: its state has just become another one, or the same anew
         self.silent = False
+        self.compared = False                   # whether it was heard since the last connection which devices it has
         self.ended = False
         self.over = asyncio.Event()             # the process has ended
 
@@ -149,7 +150,7 @@ class DomainProcess:
         link = ControlLink(self.hear, self.lost)
         await asyncio.get_running_loop().create_connection(lambda: link, sock=peer)
         link.socket = peer
-        self.link = link
+        self.link, self.compared = link, False
         return True
 
     def meet(self, peer: socket.socket) -> None:
@@ -183,9 +184,7 @@ class DomainProcess:
     async def hello(self, timeout: float = ANSWER_TIMEOUT) -> None:
         """Its state, and from then on every change of it. Raises NoResponse or KvmappError."""
         answers = await asyncio.gather(self.ask("subscribe", timeout), self.ask("status", timeout))
-        self.take_status(answers[1])
-        if isinstance(devices := answers[1].get("devices"), list):       # the removal of one is told once, to whoever is there to hear it
-            self.told("devices", " ".join(str(one["name"]) for one in devices if isinstance(one, dict) and "name" in one))
+        self.take_answer(answers[1])
         if not self.pid:
             try:
                 connection = connect(self.control, 0)
@@ -218,7 +217,7 @@ class DomainProcess:
             if self.ended:
                 return
             raise
-        self.take_status(status)
+        self.take_answer(status)
 
     async def quietly(self, work) -> None:
         with suppress(KvmappError):  # NoResponse has made it silent; any other answer is one
@@ -231,15 +230,16 @@ class DomainProcess:
 
         A domain that does not answer is silent from then on; who waits less than the heartbeat does says nothing of it.
         """
+        link = self.link
         try:
-            if self.link is None:
+            if link is None:
                 raise ConnectionResetError
-            answer = await self.link.ask(verb, timeout, arguments, fd)
+            answer = await link.ask(verb, timeout, arguments, fd)
         except (TimeoutError, OSError) as error:
             if not isinstance(error, TimeoutError) and not self.silent and await self.wait_end(LAST_BREATH):
                 raise NoResponse(f"Domain '{self.name}' ended meanwhile") from None
             hasty = isinstance(error, TimeoutError) and timeout is not None and timeout < CHECK_TIMEOUT
-            if not hasty and not self.ended and (not self.pid or self.lives()):
+            if not hasty and self.link is link and not self.ended and (not self.pid or self.lives()):
                 self.set_silent(True)
             raise NoResponse(f"Domain '{self.name}' does not answer (pid {self.pid or 'unknown'})",
                              f"kvmappctl destroy {self.name} ends it") from None
@@ -274,6 +274,13 @@ class DomainProcess:
             self.take_status({**self.status, **{key: event[key] for key in ("state", "reason", "full_disks") if key in event}}, told=True)
         elif kind in TOLD and isinstance(detail := event.get(TOLD[kind]), str) and is_label(detail):
             self.told(kind, detail)
+
+    def take_answer(self, status: dict) -> None:
+        """Its whole status. The removal of a device is told once, to whoever is there to hear it; so the first one is compared."""
+        self.take_status(status)
+        if not self.compared and isinstance(devices := status.get("devices"), list):
+            self.compared = True
+            self.told("devices", " ".join(str(one["name"]) for one in devices if isinstance(one, dict) and "name" in one))
 
     def take_status(self, status: dict, *, told: bool = False) -> None:
         """What the process says of itself, as far as it is plausible; `told` by itself, for something has happened."""

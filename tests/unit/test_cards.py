@@ -61,7 +61,8 @@ class Place:
         self.tables[tap] = mac
 
     def begin(self, name, one, tap):
-        self.domains[name] = SimpleNamespace(name=name, live=SimpleNamespace(interfaces=[one]), record=SimpleNamespace(taps={"0": tap}))
+        self.domains[name] = SimpleNamespace(name=name, live=SimpleNamespace(interfaces=[one]), record=SimpleNamespace(taps={"0": tap}),
+                                             plugging=set())
 
     def end(self, name):
         del self.domains[name]
@@ -261,7 +262,7 @@ class LetGo:
         config = DomainConfig.from_dict({"name": "ann", "memory": 64 << 20, "interfaces": [
             {"index": 0, "type": "network", "source": "default", "mac": ANN, "filter": "clean-traffic"}]})
         self.domain: Any = SimpleNamespace(name="ann", uuid="", id=1, paths=None, live=config, notify=Mock(), note=Mock(), outdated=False,
-                                           record=SimpleNamespace(taps={"0": "vnet0"}, disks=[]))
+                                           plugging=set(), record=SimpleNamespace(taps={"0": "vnet0"}, disks=[]))
         place.domains["ann"] = self.domain
 
     async def say(self):
@@ -363,7 +364,8 @@ class Attached:
         async def told(work, _cannot):
             return await work
         self.domain: Any = SimpleNamespace(name="ann", uuid="", id=1, live=config, notify=Mock(), note=Mock(), outdated=False,
-                                           record=SimpleNamespace(taps={}, disks=[], config={}), told=told, want_active=lambda: process)
+                                           plugging=set(), record=SimpleNamespace(taps={}, disks=[], config={}), told=told,
+                                           want_active=lambda: process)
         place.domains["ann"] = self.domain
         tap = SimpleNamespace(made=True, name="vnet0", files=lambda _: {}, close=lambda: None)
         monkeypatch.setattr(cardverbs, "open_tap", lambda *_: tap)
@@ -415,13 +417,19 @@ def test_a_card_that_was_taken_without_a_word_is_found(monkeypatch, tmp_path):
 
     async def status(*_):
         await answers.wait()
-        return {"devices": [{"name": "net0"}]}
+        return {"devices": [{"name": "net0", "slot": 9}]}
     attached = Attached(monkeypatch, place, SimpleNamespace(ask_with_files=silence, ask=status))
 
     async def story():
         with pytest.raises(NoResponse):
             await attached.plug()
+        assert list(place.cards.running()) == [] and attached.domain.plugging == {"net0"}
+        place.cards.compare(attached.domain, [])
+        assert attached.names() == ([0], {"0": "vnet0"}), "that it is not there yet says nothing"
         answers.set()
         await rounds()
         assert place.tables == {"vnet0": ANN} and attached.names() == ([0], {"0": "vnet0"})
+        assert attached.domain.live.interfaces[0].slot == 9 and not attached.domain.plugging
+        told: Any = place.cards.supervisor.events.publish
+        told.assert_called_once_with("device-added", "ann", uuid="", id=1, detail="net0")
     asyncio.run(story())

@@ -129,19 +129,20 @@ def test_who_goes_away_after_the_rename_has_saved_it(saved):
     assert (saved.state, saved.ending.reason) == ("shut off", "saved") and "resume" not in saved.machine.did
 
 
-def test_whether_the_file_of_a_descriptor_has_its_name(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["saved", ".saved.new", "a.1-2.new", "x (deleted)"])
+def test_whether_the_file_of_a_descriptor_has_its_name(tmp_path, monkeypatch, name):
     monkeypatch.setattr(snapshot, "describe", lambda *_: ({}, {}))
     monkeypatch.setattr(statefile, "write", lambda *_: 0)
     loop, machine = Loop(), SimpleNamespace(disks=dict, memory=None, config=None)
-    with statefile.Draft(str(tmp_path / "saved")) as draft:
+    with statefile.Draft(str(tmp_path / name)) as draft:
         saving = Saving(machine, loop, lambda error: loop.stop(), fd=os.dup(draft.fd))     # type: ignore[arg-type]
         loop.run()
         assert not saving.has_name()
         draft.publish()
         assert saving.has_name()
-        os.rename(tmp_path / "saved", tmp_path / "elsewhere")
-        assert saving.has_name()
-        os.unlink(tmp_path / "elsewhere")
+        os.rename(tmp_path / name, tmp_path / ".nfs0001")
+        assert not saving.has_name(), "so NFS calls a file that was removed"
+        os.unlink(tmp_path / ".nfs0001")
         assert not saving.has_name()
     saving.close()
     assert not saving.has_name()

@@ -1,4 +1,6 @@
 """The file of a saved machine: what is written comes back, and whatever else is in it is an error with a hint, never a crash."""
+import contextlib
+import errno
 import io
 import os
 import struct
@@ -228,11 +230,24 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
     assert not link.is_symlink() and plain.read_bytes() == b"before"
 
 
-def test_a_draft_that_was_given_up_while_it_was_published_does_not_stay(tmp_path):
+def test_a_draft_that_was_given_up_before_it_has_its_name_gets_none(tmp_path):
     with Draft(str(tmp_path / "a.save")) as draft:
         draft.given_up = True
         draft.publish()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("given_up", "fails"), [(True, False), (True, True), (False, True)])
+def test_and_one_that_has_it_stays_unless_that_is_said_to_have_failed(tmp_path, monkeypatch, given_up, fails):
+    """Its domain may have seen the name, and ended."""
+    def sync_folder(_folder):
+        draft.given_up = given_up
+        if fails:
+            raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(statefile, "sync_folder", sync_folder)
+    with Draft(str(tmp_path / "a.save")) as draft, pytest.raises(HostError) if fails else contextlib.nullcontext():
+        draft.publish()
+    assert os.listdir(tmp_path) == (["a.save"] if given_up else [])
 
 
 def test_what_cannot_be_saved_is_a_defect_of_ours():

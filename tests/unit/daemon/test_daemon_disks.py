@@ -74,8 +74,9 @@ def test_a_slot_that_would_change_the_order_of_disks_is_not_written(running):
     assert [(disk["name"], disk["slot"]) for disk in disks] == [("vda", 20), ("vdb", None)]
 
 
+@pytest.mark.parametrize("way", ["kill", "stop"])
 @pytest.mark.parametrize("held", ["before", "after"])
-def test_a_daemon_that_dies_while_a_disk_is_attached(host, held):
+def test_a_daemon_that_ends_while_a_disk_is_attached(host, held, way):
     """The next one knows what came of it, whether the domain has the disk or not."""
     host.start()
     with_disk(host, f"attach-held-{held}")
@@ -83,7 +84,7 @@ def test_a_daemon_that_dies_while_a_disk_is_attached(host, held):
     with ThreadPoolExecutor() as clients:
         attach = clients.submit(host.post, "web", "disks", name="vdb", settings={"source": image(host, "b")})
         host.eventually(lambda: os.path.exists(f"{host.paths.domain_own('web')}/held"))
-        host.kill()
+        getattr(host, way)()
         with pytest.raises(errors.KvmappError):
             attach.result()
     Path(host.paths.domain_own("web"), "go").touch()

@@ -2,13 +2,14 @@
 import asyncio
 import os
 import subprocess
+from typing import Any
 
 import pytest
 
 from kvmapp.daemon.domain import Record
 from kvmapp.daemon.paths import Paths
 from kvmapp.daemon.process import UNKNOWN, DomainProcess, start_time_of, title_of
-from kvmapp.errors import HostError
+from kvmapp.errors import HostError, NoResponse
 from tests.descriptors import nothing_left
 from tests.waiting import until
 
@@ -80,3 +81,46 @@ def test_a_record_that_cannot_be_opened_is_not_taken_for_none(tmp_path):
     assert "every guest runs on" in (caught.value.hint or "")
     record = Record.load(path)
     assert record and record.pid == 2 and Record.load(os.path.join(paths.records, "mail.json")) is None
+
+
+def test_what_a_domain_has_is_compared_with_the_first_answer_of_each_connection():
+    """Also where that is not the answer to the first question, for the domain was busy then."""
+    told: list = []
+    process = DomainProcess("web", "/nowhere", lambda: None, lambda: None, lambda *words: told.append(words))
+    answers: list = [NoResponse("not yet"), NoResponse("not yet"), *({"devices": [{"name": name}]} for name in ("vda", "vdb", "vdc"))]
+
+    async def ask(verb, *_, **_more):
+        if isinstance(answer := answers.pop(0), NoResponse):
+            raise answer
+        return answer
+    process.ask = ask               # type: ignore[method-assign]
+
+    async def story():
+        process.pid = os.getpid()
+        await process.quietly(process.hello())
+        for _ in range(2):
+            await process.refresh()
+        assert told == [("devices", "vda")]
+        process.compared = False    # as a new connection leaves it
+        await process.refresh()
+        assert told == [("devices", "vda"), ("devices", "vdc")]
+    asyncio.run(story())
+
+
+def test_a_link_that_was_lost_and_made_anew_says_nothing_of_a_hang(monkeypatch):
+    monkeypatch.setattr("kvmapp.daemon.process.LAST_BREATH", 0.01)
+
+    class Link:
+        async def ask(self, *_):
+            process.link = second
+            raise ConnectionResetError
+    second: Any = object()
+    process = DomainProcess("web", "/nowhere", lambda: None, lambda: None)
+
+    async def story():
+        for link, silent in ((Link(), False), (None, True)):
+            process.link = link
+            with pytest.raises(NoResponse, match="does not answer"):
+                await process.ask("stats")
+            assert process.silent is silent
+    asyncio.run(story())
