@@ -118,7 +118,8 @@ def test_a_link_that_was_lost_and_made_anew_says_nothing_of_a_hang(monkeypatch):
     process = DomainProcess("web", "/nowhere", lambda: None, lambda: None)
 
     async def story():
-        for link, silent in ((Link(), False), (None, True)):
+        links: list[Any] = [Link(), None]
+        for link, silent in zip(links, (False, True), strict=True):
             process.link = link
             with pytest.raises(NoResponse, match="does not answer"):
                 await process.ask("stats")
