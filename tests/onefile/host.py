@@ -74,7 +74,7 @@ class OverlayHost:
         [self.init] = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
 
     def copy(self, file: Path, name: str) -> None:
-        shutil.copy(file, f"/proc/{self.init}/root{self.folder}/root/root/{name}")
+        shutil.copy(file, Path("/proc", self.init, "root", self.folder.relative_to("/"), "root", "root", name))
 
     def run(self, command: str) -> Said:
         done = subprocess.run(["nsenter", "-t", self.init, "-m", "-n", "-p", "chroot", self.folder / "root", "/usr/bin/env", "-i",
