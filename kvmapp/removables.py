@@ -68,9 +68,7 @@ class Removables:
             if not wanted():
                 raise BadRequest("nobody waits for this device any more")
             if self.running:
-                self.cards[name].resume()
-                for thread in self.card_threads[name]:
-                    thread.resume()
+                self.start_card(name)
         except BaseException:
             self._take_out(name)
             raise
@@ -117,9 +115,7 @@ class Removables:
         try:
             return self.disks()[name].resize(size, shrink=shrink)
         finally:
-            self.cards[name].resume()
-            for thread in self.card_threads[name]:
-                thread.resume()
+            self.start_card(name)
             self.vm.resume()
 
     def stop_card(self, name: str) -> None:
@@ -129,6 +125,11 @@ class Removables:
         self.cards[name].pause()
         for thread in self.card_threads[name]:
             thread.pause()
+
+    def start_card(self, name: str) -> None:
+        self.cards[name].resume()
+        for thread in self.card_threads[name]:
+            thread.resume()
 
     def _require_hotplug(self) -> None:
         if self.hotplug is None:
