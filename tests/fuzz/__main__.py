@@ -1,7 +1,7 @@
 """python -m tests.fuzz [SECONDS] [DEVICE ...] [--kind coverage|sanitized] [--keep]
 
 Each device for SECONDS (60) of CPU time, which on a busy machine too are as many inputs, in a process of its own. A finding is
-reported, and its input kept in build/fuzz/findings/; run it again with `python -m tests.fuzz --input FILE DEVICE`. The exit status
+reported, and its input kept in build/fuzz/findings/; run it again with `python -m tests.fuzz --input FILE 0 DEVICE`. The exit status
 is 1 when there was one."""
 import argparse
 import hashlib

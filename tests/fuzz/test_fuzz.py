@@ -1,4 +1,4 @@
-"""Every device holds against its corpus, and against a minute of fuzzing with coverage and sanitizers.
+"""Every device holds against its corpus, and against a second or two of fuzzing with coverage and sanitizers.
 
 `./build.sh fuzz SECONDS DEVICE` goes on for longer."""
 import random
