@@ -27,6 +27,7 @@ EXIT_POWER_OFF, EXIT_ERROR, EXIT_RESET, EXIT_CRASH, EXIT_DESTROYED, EXIT_SAVED =
 
 TRIPLE_FAULT = 8                        # KVM_EXIT_SHUTDOWN, the code of a reset that the run loop asks for
 TUNABLE = {"cputune", "vcpu_pins", "memtune"}        # what `tune` may change
+REBOOT_WISH = 3600.0                    # seconds: a guest that heeds `reboot` later than this powered off for another reason
 RESET_CAUSES = {TRIPLE_FAULT: "the guest reset by a triple fault"}
 
 
@@ -53,7 +54,7 @@ class Domain(SaveVerbs):
         self.ending: Ending | None = None
         self.ports: dict[str, ConsolePort] = {}
         self.server: ControlServer | None = None
-        self.reboot_asked = False
+        self.reboot_until = 0.0                         # by the monotonic clock: whether a power-off is the answer to `reboot`
         self.mark: Callable[[str], None] | None = None  # hears of the points of a start
         self.warnings: list[str] = []                   # of a restored machine, for whoever asked for it
         self.debug_port = LogPort(loop, machine.debug_console, log) if machine.debug_console else None
@@ -125,7 +126,7 @@ class Domain(SaveVerbs):
             return
         self.machine.pause()
         event, code = self.machine.power.take()
-        if event == PowerEvent.POWER_OFF and self.reboot_asked:
+        if event == PowerEvent.POWER_OFF and time.monotonic() < self.reboot_until:
             self.log("the guest powered off to reboot: restarting")
             self.restart()
         elif event == PowerEvent.POWER_OFF:
@@ -192,7 +193,7 @@ class Domain(SaveVerbs):
 
     def restart(self, paused: bool = False) -> None:
         """A power cycle in place; `paused`: up to the first instruction."""
-        self.reboot_asked = False
+        self.reboot_until = 0.0
         try:
             for device in self.machine.reset():
                 self.device_removed(device)
@@ -241,13 +242,13 @@ class Domain(SaveVerbs):
 
     def verb_shutdown(self, _connection, _request) -> dict:
         self.press_power_button()
-        self.reboot_asked = False
+        self.reboot_until = 0.0
         return {}
 
     def verb_reboot(self, _connection, _request) -> dict:
         """The power button, and a restart when the guest has powered off by it; ACPI has no button that means reboot."""
         self.press_power_button()
-        self.reboot_asked = True
+        self.reboot_until = time.monotonic() + REBOOT_WISH
         return {}
 
     def press_power_button(self) -> None:

@@ -5,7 +5,7 @@ from kvmapp.cli.table import SECONDS, flag, value, verb
 from kvmapp.client import of
 from kvmapp.errors import NoResponse, UsageError
 
-KINDS = ("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-broken", "daemon", "network", "device-added",
+KINDS = ("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-broken", "network", "device-added",
          "device-removed", "io-error", "watchdog", "guest-ignored")
 
 

@@ -52,7 +52,10 @@ def shutdown(session, given):
     session.done(changed, f"Domain {name_of(changed)} has shut down")
 
 
-@verb("reboot", "ask the guest to reboot", domain(complete="active"), MODE, failure="Failed to reboot domain '{domain}'")
+@verb("reboot", "ask the guest to reboot", domain(complete="active"), MODE,
+      text="Presses the domain's power button, and begins anew when the guest has powered off within the hour. A guest that ignores the "
+           "button is told of as with shutdown; reset restarts it then.",
+      failure="Failed to reboot domain '{domain}'")
 def reboot(session, given):
     changed = session.daemon.post(of(given.domain, "reboot"))
     session.done(changed, f"Domain {name_of(changed)} is being rebooted")

@@ -192,7 +192,7 @@ async def shutdown(call: Call) -> dict:
         await process.ask("shutdown")
     timeout = call.body.get("timeout") or 0
     if timeout <= 0:
-        call.supervisor.run(watch_pressed(call.supervisor, domain, process), f"shutdown of {domain.name}")
+        call.supervisor.run(watch_pressed(call.supervisor, domain, process, process.since), f"shutdown of {domain.name}")
     elif not await domain.wait_until(lambda: domain.process is not process or domain.state[0] == "paused", timeout):
         raise ignored(domain, timeout)
     elif domain.process is process:
@@ -201,25 +201,35 @@ async def shutdown(call: Call) -> dict:
     return call.changed(domain)
 
 
-async def watch_pressed(supervisor: Supervisor, domain: Domain, process: DomainProcess) -> None:
-    """For guest.conf's shutdown_timeout. A guest that was reset or paused since is not waited for, nor is the first of two presses."""
+async def watch_pressed(supervisor: Supervisor, domain: Domain, process: DomainProcess, since: float, verb: str = "shutdown") -> None:
+    """For guest.conf's shutdown_timeout. A guest that was reset or paused `since` is not waited for, nor is the first of two presses."""
     domain.presses += 1
-    presses, since, timeout = domain.presses, process.since, supervisor.guest_defaults().shutdown_timeout
+    presses, timeout = domain.presses, supervisor.guest_defaults().shutdown_timeout
     if await domain.wait_until(lambda: (domain.process, process.since, domain.presses) != (process, since, presses), timeout):
         return
-    error = ignored(domain, timeout)
+    error = ignored(domain, timeout, verb)
+    domain.ignores = (process, since, f"{error.message}; {error.hint}")
     domainlog.append(domain.paths.domain_log(domain.name), f"warning: {error.message}; {error.hint}")
-    supervisor.events.publish("guest-ignored", domain.name, uuid=domain.uuid, id=domain.id, type="shutdown",
-                              detail=f"kvmappctl destroy {domain.name} ends it now")
+    supervisor.events.publish("guest-ignored", domain.name, uuid=domain.uuid, id=domain.id, type=verb, detail=way_out(domain, verb))
 
 
-def ignored(domain: Domain, timeout: float) -> GuestIgnored:
+def ignored(domain: Domain, timeout: float, verb: str = "shutdown") -> GuestIgnored:
     return GuestIgnored(f"Domain '{domain.name}' still runs {timeout:g} s after its power button was pressed: the guest ignores ACPI",
-                        f"acpid or systemd-logind in the guest would follow it; to end it now: kvmappctl destroy {domain.name}")
+                        f"acpid or systemd-logind in the guest would follow it; {way_out(domain, verb)}")
+
+
+def way_out(domain: Domain, verb: str) -> str:
+    return f"to restart it now: kvmappctl reset {domain.name}" if verb == "reboot" else f"to end it now: kvmappctl destroy {domain.name}"
 
 
 async def reboot(call: Call) -> dict:
-    return await tell_process(call, "reboot")
+    """Presses the power button; the domain process begins anew when the guest has powered off by it. Its log tells if it does not."""
+    domain = call.domain()
+    process = domain.want_active()
+    since = process.since                               # of before: a guest may be quicker than we are
+    answer = await tell_process(call, "reboot")
+    call.supervisor.run(watch_pressed(call.supervisor, domain, process, since, "reboot"), f"reboot of {domain.name}")
+    return answer
 
 
 async def reset(call: Call) -> dict:

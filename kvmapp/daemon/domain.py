@@ -89,6 +89,7 @@ class Domain:
         self.stats: tuple[float, float, dict] | None = None     # the last counters, and when: by clock, monotonic
         self.destroyed_by: str | None = None            # who killed a process that could not say it itself
         self.presses = 0                                # of its power button
+        self.ignores: tuple[DomainProcess, float, str] | None = None    # a press: whose process, in its state since when, and what is said
         self.waiters: list[asyncio.Future[None]] = []
         self.plugging: set[str] = set()         # devices that are noted, of which it is not known yet whether its process has them
         self.looks: dict[str, asyncio.Task[dict[str, int]]] = {}        # at the files of its disks, which may hang
@@ -235,6 +236,8 @@ class Domain:
             found.append(f"its file is broken: {stored.error}")
         if self.record and self.outdated:
             found.append(f"it runs under kvmapp {self.record.version} until its next start")
+        if self.ignores and self.process and self.ignores[:2] == (self.process, self.process.since):
+            found.append(self.ignores[2])
         return found
 
     def current_memory(self) -> int | None:

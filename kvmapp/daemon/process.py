@@ -284,7 +284,7 @@ class DomainProcess:
 
     def take_status(self, status: dict, *, told: bool = False) -> None:
         """What the process says of itself, as far as it is plausible; `told` by itself, for something has happened."""
-        known = bool(self.status)
+        known, balloon = bool(self.status), self.status.get("balloon")
         state, reason = STATES.get(str(status.get("state")), self.state), status.get("reason")
         reason = reason if isinstance(reason, str) and is_label(reason) else "unknown"
         if status.get("state") == "starting":
@@ -295,6 +295,8 @@ class DomainProcess:
             self.news = known
             self.changed()
             self.news = False
+        if known and type(size := status.get("balloon")) is int and size != balloon:
+            self.told("balloon-change", str(size))
 
     def set_silent(self, silent: bool) -> None:
         if silent != self.silent:

@@ -180,13 +180,14 @@ ALL_STATS = record(domains=list_of(ref("Stats")))
 WAITED = record(domain=ref("Domain"), reached=yes_no("false: the time ran out"))
 
 EVENT = {**record(time=number(), event=one_of("lifecycle", "reboot", "balloon-change", "job", "autostart", "domain-broken",
-                                              "daemon", "network", "device-added", "device-removed", "io-error", "watchdog",
+                                              "network", "device-added", "device-removed", "io-error", "watchdog",
                                               "guest-ignored", "lost"),
                   domain=maybe(text()), uuid=maybe(text()), id=maybe(whole()),
                   type=maybe(text("lifecycle: Defined, Undefined, Started, Suspended, Resumed, Stopped, Shutdown, Crashed")),
                   detail=maybe(text("Added, Updated, Renamed, Removed, Booted, Paused, Unpaused, Shutdown, Destroyed, ..."))),
          "description": "One line of the stream. `lost`: the reader was too slow and the stream ends here. `guest-ignored`: a guest still "
-                        "runs guest.conf's shutdown_timeout after its power button was pressed."}
+                        "runs guest.conf's shutdown_timeout after its power button was pressed, by the verb in `type`. `balloon-change`: the "
+                        "guest's memory in bytes is the detail."}
 
 NODE = record(model=text("x86_64"), cpus=whole(), mhz=whole(), sockets=whole(), cores=whole("per socket"),
               threads=whole("per core"), numa_cells=whole(), memory=whole(), hostname=text(), cpu_name=text())

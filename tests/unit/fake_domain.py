@@ -150,7 +150,8 @@ class FakeDomain:
         self.change("running", "booted")
         return {}
 
-    verb_reboot = verb_reset
+    def verb_reboot(self, client, request):
+        return {} if "ignore-acpi" in self.behaviour else self.verb_reset(client, request)
 
     def verb_setmem(self, _client, request):
         self.balloon = request["bytes"]

@@ -1,4 +1,5 @@
 """What guests tell by their panic device and watchdog, as the domain's process takes it; no guest runs."""
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from kvmapp.devices import Power, PowerEvent
 from kvmapp.errors import ConfigError, HostError, WrongState
 from kvmapp.machine import Machine as WholeMachine
-from kvmapp.vmprocess import EXIT_CRASH, EXIT_POWER_OFF, EXIT_RESET
+from kvmapp.vmprocess import EXIT_CRASH, EXIT_POWER_OFF, EXIT_RESET, REBOOT_WISH
 from tests.unit.idle_domain import domain
 
 
@@ -51,6 +52,22 @@ def test_a_reset_of_a_paused_domain_lets_it_not_go_on(tmp_path):
     made.verb_resume(None, {})
     tell(made, PowerEvent.POWER_OFF).verb_reset(None, None)
     assert made.state == "running" and made.machine.did[-3:] == ["reset", "boot", "resume"]
+
+
+@pytest.mark.parametrize("when", ["at once", "an hour later", "after shutdown", "after a reset"])
+def test_a_power_off_is_the_answer_to_a_reboot_for_an_hour(tmp_path, monkeypatch, when):
+    """A guest that ignored it may power off days later, because its administrator said so."""
+    made = domain("", tmp_path)
+    made.verb_reboot(None, {})
+    if when == "an hour later":
+        now = time.monotonic()
+        monkeypatch.setattr("kvmapp.vmprocess.time.monotonic", lambda: now + REBOOT_WISH + 1)
+    elif when == "after shutdown":
+        made.verb_shutdown(None, {})
+    elif when == "after a reset":
+        made.verb_reset(None, {})
+    tell(made, PowerEvent.POWER_OFF)
+    assert (made.ending is None) == (when == "at once")
 
 
 def test_a_crash_is_told_though_kvm_has_given_the_machine_up():

@@ -150,6 +150,20 @@ def test_a_guest_that_ignores_acpi_is_told_in_its_log_too(running):
     running.eventually(lambda: "ignores ACPI" in log.read_text())
     assert log.read_text().count("warning: Domain 'deaf' still runs 1 s after its power button was pressed: the guest ignores ACPI") == 1
     assert "kvmappctl destroy deaf" in log.read_text()
+    [warning] = running.domain("deaf")["warnings"]
+    assert "ignores ACPI" in warning and "kvmappctl destroy deaf" in warning
+    running.post("deaf", "reset")
+    assert running.domain("deaf")["warnings"] == []
+
+
+def test_a_guest_that_ignores_reboot_is_told_as_well(running):
+    running.write("guest.conf", f"{GUEST}shutdown_timeout = 1\n")
+    running.add("deaf", "ignore-acpi")
+    running.post("deaf", "start")
+    assert running.post("deaf", "reboot")["domain"]["warnings"] == []
+    running.eventually(lambda: running.domain("deaf")["warnings"])
+    [warning] = running.domain("deaf")["warnings"]
+    assert warning.endswith("to restart it now: kvmappctl reset deaf")
 
 
 @pytest.mark.parametrize(("meanwhile", "told"), [(lambda domain, process: None, ["guest-ignored"]),
@@ -165,7 +179,7 @@ def test_only_a_guest_that_heard_and_did_nothing_ignores_acpi(tmp_path, meanwhil
     domain.process = process                                                        # type: ignore[assignment]
 
     async def press():
-        watch = asyncio.create_task(actions.watch_pressed(supervisor, domain, process))         # type: ignore[arg-type]
+        watch = asyncio.create_task(actions.watch_pressed(supervisor, domain, process, 1.0))    # type: ignore[arg-type]
         await asyncio.sleep(0)
         meanwhile(domain, process)
         domain.notify()

@@ -22,3 +22,11 @@ def test_each_reboot_is_told_and_none_that_was_not():
         process.hear({"type": "lifecycle", "state": "running", "reason": "booted"})
     process.hear({"type": "lifecycle", "state": "paused", "reason": "user"})
     assert told == ["domain-broken", "reboot", "reboot", "Suspended"]
+
+
+def test_a_balloon_that_changed_is_told_and_one_that_is_just_learnt_of_is_not():
+    told: list[tuple[str, str]] = []
+    process = DomainProcess("web", "/nowhere", lambda: None, lambda: None, lambda *event: told.append(event))
+    for balloon in (1 << 30, 1 << 30, 1 << 29, "much", None, 1 << 29):
+        process.take_status({"state": "running", "reason": "booted", "balloon": balloon})
+    assert told == [("balloon-change", str(1 << 29)), ("balloon-change", str(1 << 29))]
