@@ -190,6 +190,8 @@ def what_is_missing(config: DomainConfig) -> list[str]:
     missing = [f"disk {disk.name} ({disk.source})" for disk in config.disks if not os.path.exists(disk.source)]
     missing += [f"{what} ({path})" for what, path in (("kernel", config.boot.kernel), ("initrd", config.boot.initrd))
                 if path is not None and not os.path.exists(path)]
+    missing += [f"shared folder {one.tag} ({path})" for one in config.filesystems
+                if (path := one.source or one.socket) is not None and not os.path.exists(path)]
     for interface in config.interfaces:
         if interface.type == "bridge" and not is_bridge(interface.source or ""):
             missing.append(f"bridge {interface.source}")

@@ -26,6 +26,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("kvmapp")
 
+TRY_AGAIN_MOST = 60.0                   # seconds between two tries to start a network with the host
+
+
+class Late:
+    """When a network that should have come up with the host is tried again, and what was said of it."""
+
+    def __init__(self, wait: float):
+        self.wait, self.due, self.said = wait, 0.0, ""
+
+    def put_off(self, why: str) -> None:
+        self.due, self.wait, self.said = time.monotonic() + self.wait, min(2 * self.wait, TRY_AGAIN_MOST), why
+
 
 class Networks:
     def __init__(self, supervisor: Supervisor):
@@ -33,6 +45,7 @@ class Networks:
         self.store = NetworkStore(self.paths)
         self.networks: dict[str, Network] = {}
         self.lock = asyncio.Lock()
+        self.late: dict[str, Late] = {}         # that were to start with the host and could not, yet
         self.rules_shown: str | None = None     # after we set them; None: by a daemon before us, or not as they should be
 
     # The set.
@@ -111,7 +124,7 @@ class Networks:
                 await self.set_rules()
 
     async def autostart(self) -> None:
-        """Once a boot, before any domain."""
+        """Once a boot, before any domain. What fails (a bridge that is not there yet) is tried again at the heartbeat."""
         note = os.path.join(self.paths.network_run, "autostarted")
         try:
             with open(note) as file:
@@ -121,20 +134,34 @@ class Networks:
             pass
         self.refresh()
         for name in sorted(self.store.autostarted):
-            network = self.networks.get(name)
-            try:
-                if network is None:
-                    raise not_found(name, self.networks)
-                if not network.active:
-                    await self.start(network)
-            except (KvmappError, OSError) as error:
-                log.error("autostart: network '%s' is not started: %s", name, error)
-                self.supervisor.events.publish("network", None, type="failed", detail=f"{name}: {error}")
+            await self.start_with_host(name, Late(self.supervisor.heartbeat))
         try:
             with open(note, "w") as file:
                 file.write(boot_id())
         except OSError as error:
             log.warning("cannot write %s: %s", note, error.strerror)
+
+    async def start_with_host(self, name: str, late: Late) -> None:
+        network = self.networks.get(name)
+        try:
+            if network is None:
+                raise not_found(name, self.networks)
+            if not network.active:
+                await self.start(network)
+        except (KvmappError, OSError) as error:
+            if str(error) != late.said:
+                log.error("autostart: network '%s' is not started: %s", name, error)
+                self.supervisor.events.publish("network", None, type="failed", detail=f"{name}: {error}")
+            late.put_off(str(error))
+            self.late[name] = late
+
+    async def start_late(self) -> None:
+        for name, late in list(self.late.items()):
+            network = self.networks.get(name)
+            if name not in self.store.autostarted or (network and network.active):
+                del self.late[name]
+            elif late.due <= time.monotonic():
+                await self.start_with_host(name, late)
 
     async def watch(self) -> None:
         """The heartbeat."""
@@ -146,6 +173,7 @@ class Networks:
                     self.store.keep_made(name)
                 except KvmappError as error:
                     log.warning("network '%s' has no lasting uuid: %s", name, error)
+            await self.start_late()
             if self.active() and not self.lock.locked():
                 await self.check()
 
@@ -231,6 +259,7 @@ class Networks:
         """Guests that are in it stay where they are, without a network. Returns warnings."""
         async with self.lock:
             self.want_active(network)
+            self.late.pop(network.name, None)           # somebody has started it since, and wants it no more
             warnings = [f"domain '{name}' runs and has no network until this one is started again"
                         for name in dict.fromkeys(member[1] for member in self.members(network.name))]
             network.note(STOPPING)

@@ -186,8 +186,8 @@ EVENT = {**record(time=number(), event=one_of("lifecycle", "reboot", "balloon-ch
                   type=maybe(text("lifecycle: Defined, Undefined, Started, Suspended, Resumed, Stopped, Shutdown, Crashed")),
                   detail=maybe(text("Added, Updated, Renamed, Removed, Booted, Paused, Unpaused, Shutdown, Destroyed, ..."))),
          "description": "One line of the stream. `lost`: the reader was too slow and the stream ends here. `guest-ignored`: a guest still "
-                        "runs guest.conf's shutdown_timeout after its power button was pressed, by the verb in `type`. `balloon-change`: the "
-                        "guest's memory in bytes is the detail."}
+                        "runs guest.conf's shutdown_timeout after its power button was pressed, by the verb in `type`. "
+                        "`balloon-change`: detail has the guest's memory in bytes."}
 
 NODE = record(model=text("x86_64"), cpus=whole(), mhz=whole(), sockets=whole(), cores=whole("per socket"),
               threads=whole("per core"), numa_cells=whole(), memory=whole(), hostname=text(), cpu_name=text())

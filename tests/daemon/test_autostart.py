@@ -213,3 +213,12 @@ def test_autostart_waits_for_threads_to_look_with(waiting, domain, monkeypatch):
     monkeypatch.setattr(autostart, "in_own_thread", refuse)
     config = DomainConfig.from_dict({"name": "web", "memory": 64 << 20})
     assert asyncio.run(waiting.missing_of(domain, config)) == ["The daemon cannot start a thread"]
+
+
+def test_shared_folders_are_waited_for(tmp_path):
+    config = DomainConfig.from_dict({"name": "web", "memory": 64 << 20, "filesystems": [{"tag": "a", "source": f"{tmp_path}/mount"},
+                                                                    {"tag": "b", "socket": f"{tmp_path}/socket"}]})
+    assert autostart.what_is_missing(config) == [f"shared folder a ({tmp_path}/mount)", f"shared folder b ({tmp_path}/socket)"]
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "socket").touch()
+    assert autostart.what_is_missing(config) == []

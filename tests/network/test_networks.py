@@ -444,3 +444,23 @@ def test_with_the_host_networks_come_before_domains(host):
     assert host.net("get", "bad")["state"] == "broken"
     host.net("post", "default", "autostart", enabled=False)
     assert os.listdir(host.paths.network_autostart) == []
+
+
+def test_a_network_whose_bridge_comes_late_is_started_with_the_host_all_the_same(host):
+    host.network("lan", "name = lan\nmode = bridge\nbridge = br9\n")
+    host.network("other", "name = other\nmode = bridge\nbridge = br8\n")
+    host.file("web").write_text(f"name = web\nmemory = 64\n{CARD.format(1).replace('default', 'lan')}")
+    for folder, names in ((host.paths.network_autostart, ("lan", "other")), (host.paths.autostart, ("web",))):
+        os.makedirs(folder, exist_ok=True)
+        for name in names:
+            os.symlink(f"../{name}.conf", os.path.join(folder, f"{name}.conf"))
+    host.start()
+    host.eventually(lambda: (host.get("web")["waiting"] or {}).get("missing") == ["network lan"], "the domain to wait")
+    assert Path(host.log).read_text().count("'lan' is not started") == 1
+    host.net("post", "other", "autostart", enabled=False)               # nobody waits for it any more
+    for bridge in ("br8", "br9"):
+        host.run("ip", "link", "add", bridge, "type", "bridge")
+    host.eventually(lambda: host.states().get("web") == "running", "the domain")
+    assert host.net("get", "lan")["state"] == "active" and host.net("get", "other")["state"] == "inactive"
+    host.post("web", "destroy")
+    host.net("post", "lan", "destroy")
