@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 SOCKET = "/run/kvmapp/kvmapp.sock"
 READ_ONLY_SOCKET = "/run/kvmapp/kvmapp-sock-ro"
+QUERY_TIMEOUT = 30.0                    # seconds: the daemon answers queries at once, whatever else it does
 HOW_TO_START = "start it: /etc/init.d/kvmapp start"
+HOW_TO_RESTART = "its log may say why; to restart it, which hurts no guest: /etc/init.d/kvmapp restart"
 UNRESERVED = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~")
 ANSWER_LIMIT = 4 << 20                  # bytes of a domain's answer
 ADDRESS_LIMIT = 107                     # bytes of sockaddr_un.sun_path without its NUL, unix(7)
@@ -77,7 +79,7 @@ class Client:
 
     def __init__(self, path: str = SOCKET, *, timeout: float | None = None):
         self.path = path
-        self.timeout = timeout          # of one answer; None: as long as it takes
+        self.timeout = timeout          # of one answer; None: QUERY_TIMEOUT for queries, and for what changes something as long as it takes
         self.connection: socket | None = None
         self.buffer = b""
 
@@ -93,6 +95,10 @@ class Client:
         self.connection, self.buffer = None, b""
 
     def get(self, path: str, **query: object) -> dict:
+        return self.request("GET", path + query_text(query), timeout=self.timeout or QUERY_TIMEOUT)
+
+    def wait(self, path: str, **query: object) -> dict:
+        """A query that is answered when something has come true."""
         return self.request("GET", path + query_text(query))
 
     def post(self, path: str, **body: object) -> dict:
@@ -104,17 +110,18 @@ class Client:
     def delete(self, path: str, **query: object) -> dict:
         return self.request("DELETE", path + query_text(query))
 
-    def request(self, method: str, path: str, body: dict | None = None) -> dict:
+    def request(self, method: str, path: str, body: dict | None = None, *, timeout: float | None = None) -> dict:
         """The answer's JSON. Raises what the daemon raised, ConnectionFailed or NoResponse."""
         kept = self.connection is not None
+        timeout = timeout or self.timeout
         try:
-            self.send(method, path, body)
+            self.send(method, path, body, timeout)
             status, headers = self.read_head()
         except ConnectionGone:
             # A kept connection that the daemon had closed before it could read the request; otherwise the request may have run.
             if not kept or method != "GET":
                 raise
-            self.send(method, path, body)
+            self.send(method, path, body, timeout)
             status, headers = self.read_head()
         answer = decode(self.read_exactly(int(headers.get("content-length", "0"))))
         if headers.get("connection") == "close":
@@ -125,7 +132,7 @@ class Client:
 
     def events(self, **query: object) -> Iterator[dict]:
         """What happens from now on, until the daemon ends or the caller stops looking."""
-        self.send("GET", "/v1/events" + query_text(query), None)
+        self.send("GET", "/v1/events" + query_text(query), None, self.timeout)
         status, headers = self.read_head()
         if status >= 400:
             raise error_from_dict(decode(self.read_exactly(int(headers.get("content-length", "0")))).get("error") or {})
@@ -139,9 +146,11 @@ class Client:
         finally:
             self.close()
 
-    def send(self, method: str, path: str, body: dict | None) -> None:
+    def send(self, method: str, path: str, body: dict | None, timeout: float | None) -> None:
+        """`timeout`: of this, and of each part of the answer."""
         if self.connection is None:
             self.connection = self.open()
+        self.connection.settimeout(timeout)
         data = b"" if body is None else encode(body)
         head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n"
         if body is not None:
@@ -153,7 +162,7 @@ class Client:
 
     def open(self) -> socket:
         try:
-            return connect(self.path, self.timeout)
+            return connect(self.path, self.timeout or QUERY_TIMEOUT)
         except OSError as error:
             hint = HOW_TO_START
             if isinstance(error, PermissionError):
@@ -190,7 +199,7 @@ class Client:
             data = self.connection.recv(1 << 18)
         except TimeoutError:
             self.close()
-            raise NoResponse(f"The daemon at '{self.path}' does not answer", "its log says more") from None
+            raise NoResponse(f"The daemon at '{self.path}' does not answer", HOW_TO_RESTART) from None
         except OSError:
             data = b""
         if not data:
@@ -244,7 +253,7 @@ def query_text(query: dict[str, object]) -> str:
     return "?" + "&".join(texts) if texts else ""
 
 
-# A domain's own socket: consoles go there, not through the daemon, and so do queries while the daemon is away.
+# A domain's own socket: consoles go there, not through the daemon, which may be away.
 
 def ask_domain(control: str, verb: str, *, timeout: float = 5, descriptors: Sequence[int] = (), **arguments: object) -> dict:
     """One verb of control.py's protocol; open `descriptors` go along with it."""

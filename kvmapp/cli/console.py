@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 
 from kvmapp.cli.table import domain, flag, value, verb
-from kvmapp.client import of, open_console
-from kvmapp.errors import ConnectionFailed, DomainNotRunning, HostError, UsageError
+from kvmapp.client import Client, of, open_console
+from kvmapp.errors import ConnectionFailed, DomainNotRunning, HostError, NoResponse, UsageError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
 
 SILENCE = 5                             # seconds
+PATIENCE = 5                            # seconds for the daemon, which is not needed
 # What the guest's kernel calls the first console of each kind.
 KERNEL_NAMES = {"serial": "ttyS", "console": "hvc"}
 
@@ -88,11 +89,12 @@ def escape_line(text: str) -> str:
 
 
 def known_of(session, reference: str, name: str) -> tuple[dict | None, dict | None]:
-    """What the daemon says of the domain and of its configuration; None when it is away."""
+    """What the daemon says of the domain and of its configuration; None when it is away, or hangs."""
     try:
-        detail = session.daemon.get(of(reference))
-        return detail, session.daemon.get(of(detail["uuid"], "config"))["config"] if detail["id"] is not None else None
-    except ConnectionFailed:
+        with Client(session.socket_in_use, timeout=PATIENCE) as daemon:
+            detail = daemon.get(of(reference))
+            return detail, daemon.get(of(detail["uuid"], "config"))["config"] if detail["id"] is not None else None
+    except (ConnectionFailed, NoResponse):
         if not os.path.exists(control_without_daemon(session, name)):
             raise
         return None, None

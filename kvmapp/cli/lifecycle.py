@@ -116,7 +116,7 @@ def wait(session, given):
         if state not in STATES:
             raise UsageError(f"Unknown state '{state}'", f"it may be {', '.join(STATES)}")
     with session.wait_with(f"waiting for {given.domain} to be {wanted}"):
-        waited = session.daemon.get(of(given.domain, "wait"), state=wanted, timeout=given.timeout)
+        waited = session.daemon.wait(of(given.domain, "wait"), state=wanted, timeout=given.timeout)
     one = waited["domain"]
     if not waited["reached"]:
         raise GuestIgnored(f"Domain '{one['name']}' is {one['state']}, not {wanted}, after {given.timeout} s")

@@ -22,6 +22,7 @@ from kvmapp.daemon.events import Events
 from kvmapp.daemon.fileservers import FileServers
 from kvmapp.daemon.images import clear_images, remove_image
 from kvmapp.daemon.networks import Networks
+from kvmapp.daemon.notify import notify_alive
 from kvmapp.daemon.process import LAST_BREATH, DomainProcess
 from kvmapp.daemon.spawn import Zygote
 from kvmapp.daemon.store import Store, not_found
@@ -272,6 +273,7 @@ class Supervisor:
         """The heartbeat: states of processes that cannot tell them, sizes of logs, files that wait to be completed."""
         while True:
             await asyncio.sleep(self.heartbeat)
+            notify_alive()
             self.refresh()
             self.file_servers.reap()
             limits = self.guest_defaults()

@@ -284,12 +284,17 @@ def test_console_of_a_domain_that_does_not_run(terminal):
         assert screen.status() == 1
 
 
-def test_console_without_the_daemon(tmp_path):
+@pytest.mark.parametrize("hangs", [False, True], ids=["away", "hangs"])
+def test_console_without_the_daemon(tmp_path, hangs):
     """The domain's own socket stands beside the daemon's."""
     (tmp_path / "domains/web").mkdir(parents=True)
+    listener = socket.socket(socket.AF_UNIX)
+    if hangs:
+        listener.bind(f"{tmp_path}/kvmapp.sock")
+        listener.listen(8)
     GuestConsole(tmp_path / "domains/web/control.sock")
     environment = {"KVMAPP_DEFAULT_URI": f"kvmapp:///system?socket={tmp_path}/kvmapp.sock"}
-    with OnTerminal([*KVMAPPCTL, "console", "web"], environment) as screen:
+    with listener, OnTerminal([*KVMAPPCTL, "console", "web"], environment) as screen:
         screen.expect("Connected to domain 'web'")
         screen.expect("login: ")
         screen.type("\x1d")

@@ -127,6 +127,25 @@ def test_time_out(path):
         client.Client(str(path), timeout=0.05).get("/")
 
 
+def test_queries_wait_less_for_a_daemon_that_hangs_than_what_changes_something(path):
+    peer = Peer(path, [answer({})] * 3, [b""])
+    with client.Client(str(path)) as daemon:
+        for ask, timeout in ((daemon.post, None), (daemon.get, client.QUERY_TIMEOUT), (daemon.wait, None)):
+            ask("/v1/domains/a/wait")
+            assert daemon.connection.gettimeout() == timeout
+    assert len(peer.requests) == 3
+
+
+def test_a_daemon_that_hangs_is_told_with_what_to_do(path, monkeypatch):
+    monkeypatch.setattr(client, "QUERY_TIMEOUT", 0.05)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen(1)
+    with listener, pytest.raises(errors.NoResponse) as caught:
+        client.Client(str(path)).get("/v1/domains")
+    assert "/etc/init.d/kvmapp restart" in caught.value.hint
+
+
 @pytest.mark.parametrize("garbage", [b"SSH-2.0-x\r\n\r\n", b"HTTP/1.1 abc\r\n\r\n", answer(b"{"), answer(b"[]"),
                                      answer(b"\xff\xfe"), answer(b'"text"'), answer(b"nul")])
 def test_garbage_is_an_error_not_a_traceback(path, garbage):

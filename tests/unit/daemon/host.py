@@ -40,8 +40,8 @@ WEB = "# Ann's server\nname = web   # do not rename\nmemory = 64 MiB\n[serial 0]
 class CheckedClient(Client):
     """Refuses what docs/openapi.json does not describe."""
 
-    def request(self, method, path, body=None):
-        answer = super().request(method, path, body)
+    def request(self, method, path, body=None, *, timeout=None):
+        answer = super().request(method, path, body, timeout=timeout)
         pattern = path.partition("?")[0]
         route = next(route for route in ROUTES
                      if route.method == method and re.fullmatch(re.sub(r"{\w+}", "[^/]+", route.path), pattern))

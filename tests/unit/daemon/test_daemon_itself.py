@@ -1,6 +1,8 @@
 """The daemon itself: in the background, never twice, and with settings that are read again."""
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +32,20 @@ def test_background_tells_why_it_cannot_begin(host):
     failed = subprocess.run([sys.executable, "-c", DAEMON, "--background", "--root", host.root], cwd=ROOT, capture_output=True,
                             text=True, timeout=PATIENCE, check=False)
     assert failed.returncode == 1 and "kvmapp.conf:1: log_level = 'loud'" in failed.stderr
+
+
+def test_the_service_manager_hears_at_each_heartbeat_that_the_daemon_lives(host):
+    """systemd starts one anew that hangs: WatchdogSec= of the unit."""
+    host.options = ["--heartbeat", "0.1"]
+    host.start()
+    address = f"{host.root}/notify"
+    os.unlink(address)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address)
+        manager.settimeout(PATIENCE)
+        assert [manager.recv(100) for _ in range(3)] == [b"WATCHDOG=1"] * 3
+        assert host.states() == {}
+    assert float(re.search(r"WatchdogSec=(.+)", (ROOT / "init/systemd/kvmapp.service").read_text())[1]) > 60
 
 
 def test_second_daemon_says_who_runs(running):
