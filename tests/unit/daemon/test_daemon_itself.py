@@ -1,7 +1,6 @@
 """The daemon itself: in the background, never twice, and with settings that are read again."""
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
