@@ -14,9 +14,10 @@ import time
 import traceback
 
 from kvmapp import __version__, runtime
+from kvmapp.client import Client
 from kvmapp.daemon.paths import Paths
 from kvmapp.daemon.pidfile import PidFile
-from kvmapp.errors import HostError, KvmappError
+from kvmapp.errors import ConfigError, ConnectionFailed, HostError, KvmappError, NoResponse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def main(arguments: list[str]) -> int:
     given = make_parser().parse_args(arguments)
     paths = Paths(given.root, config=given.config_dir, run=given.run_dir, log=given.log_dir, state=given.state_dir)
     if given.status or given.stop or given.reload:
-        return control(PidFile(paths.pid_file), given)
+        return control(PidFile(paths.pid_file), paths.socket, given)
     options = {"module": given.domain_module, "heartbeat": given.heartbeat, "cgroup": cgroup_name(paths),
                "quick": given.quick}
     if given.background:
@@ -81,7 +82,7 @@ def raise_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def control(pid_file: PidFile, given: argparse.Namespace) -> int:
+def control(pid_file: PidFile, socket: str, given: argparse.Namespace) -> int:
     """What an init script asks for. By the lock, not by the number, so a stale pid file misleads nobody."""
     pid = pid_file.holder()
     if given.status:
@@ -92,17 +93,32 @@ def control(pid_file: PidFile, given: argparse.Namespace) -> int:
     try:
         if not pid:
             raise ProcessLookupError
-        os.kill(pid, signal.SIGTERM if given.stop else signal.SIGHUP)
+        if given.reload:
+            return reload(pid, socket)
+        os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:
         raise HostError("The kvmapp daemon does not run", "to start it: /etc/init.d/kvmapp start, or systemctl start kvmapp") from None
     except PermissionError as error:
-        raise HostError(f"Cannot {'stop' if given.stop else 'reload'} the kvmapp daemon (pid {pid}): {error.strerror}",
+        raise HostError(f"Cannot {'reload' if given.reload else 'stop'} the kvmapp daemon (pid {pid}): {error.strerror}",
                         "as root, or as the user that started it") from None
     deadline = time.monotonic() + STOP_TIMEOUT
-    while given.stop and pid_file.holder() == pid:
+    while pid_file.holder() == pid:
         if time.monotonic() > deadline:
             raise HostError(f"The kvmapp daemon (pid {pid}) does not stop", f"kill -9 {pid} hurts no guest")
         time.sleep(0.02)
+    return 0
+
+
+def reload(pid: int, socket: str) -> int:
+    """By its socket, so that what it refuses is told; by a signal where that does not answer. Raises OSError."""
+    try:
+        with Client(socket, timeout=STOP_TIMEOUT) as daemon:
+            refused = daemon.post("/v1/daemon/reload").get("refused", [])     # an older daemon does not tell
+    except (ConnectionFailed, NoResponse):
+        os.kill(pid, signal.SIGHUP)
+        return 0
+    if refused:
+        raise ConfigError("; ".join(refused), "the daemon goes on with what it had")
     return 0
 
 

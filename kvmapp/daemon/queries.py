@@ -48,7 +48,7 @@ async def reload(call: Call) -> dict:
     supervisor = call.supervisor
     return {"domains": len(supervisor.domains),
             "broken": [name for name, stored in supervisor.store.files.items() if stored.error],
-            "warnings": supervisor.store.warnings + call.daemon.warnings}
+            "refused": call.daemon.refused, "warnings": supervisor.store.warnings + call.daemon.warnings}
 
 
 async def autostart_status(call: Call) -> dict:

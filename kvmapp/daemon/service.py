@@ -38,6 +38,7 @@ class Daemon:
         self.quick = Quick(paths.quick_socket) if quick else None
         self.started = time.time()
         self.warnings: list[str] = []
+        self.refused: list[str] = []            # of `warnings`: files that could not be used at the last reload
         self.stopping = asyncio.Event()
         self.config = DaemonConfig()
 
@@ -88,7 +89,7 @@ class Daemon:
     def reload(self) -> None:
         """Every file again. What is wrong is a warning: the daemon goes on with what it had."""
         notify_reloading()
-        self.warnings = []
+        self.warnings, self.refused = [], []
         try:
             self.config = self.read_config()
             gid = self.supervisor.socket_gid = self.group()
@@ -97,8 +98,12 @@ class Daemon:
                 os.chown(path, -1, -1 if gid is None else gid)
                 os.chmod(path, mode & 0o666)
         except (KvmappError, OSError) as error:
-            self.warnings.append(str(error))
+            self.refused.append(str(error))
             log.error("reload: %s", error)
+        self.supervisor.guest_defaults()
+        if self.supervisor.guest_complaint:
+            self.refused.append(self.supervisor.guest_complaint)
+        self.warnings += self.refused
         self.reopen_log(self.config.log_level)
         self.supervisor.refresh()
         self.supervisor.run(self.put_back(), "networks put back")

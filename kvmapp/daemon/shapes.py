@@ -218,7 +218,8 @@ AUTOSTART = record(state=one_of("none", "running", "done"), started=list_of(text
 
 AUTOSTART_STOPPED = record(left=list_of(text("a domain that it had still to start")))
 
-RELOADED = record(domains=whole(), broken=list_of(text()), warnings=list_of(text()))
+RELOADED = record(domains=whole(), broken=list_of(text()), warnings=list_of(text()),
+                  refused=list_of(text("of the warnings: a file of the daemon's own that it could not use; it goes on with what it had")))
 
 LOG = record(file=text(), lines=list_of(text()))
 

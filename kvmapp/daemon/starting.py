@@ -113,6 +113,8 @@ class Start:
 
     async def prepare(self) -> None:
         defaults = self.supervisor.guest_defaults()
+        if self.supervisor.guest_complaint:
+            self.warnings.append(self.supervisor.guest_complaint)
         self.uid, self.gid = owner(defaults, self.supervisor.socket_gid)
         self.check_macs()
         if self.config.disks:                                   # a file server that hangs must hold up this start only

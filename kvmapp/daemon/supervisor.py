@@ -54,6 +54,8 @@ class Supervisor:
         self.store = Store(paths)
         self.domains: dict[str, Domain] = {}
         self.heartbeat = heartbeat
+        self.guest_settings: GuestDefaults | None = None
+        self.guest_complaint: str | None = None
         self.tasks: set[asyncio.Task] = set()
         self.last_id = 0
         self.socket_gid: int | None = None              # whose members may use the domains' control sockets, too
@@ -290,13 +292,17 @@ class Supervisor:
             self.join_groups(domain)
 
     def guest_defaults(self) -> GuestDefaults:
-        """guest.conf, or its defaults when it cannot be used."""
+        """guest.conf; while it cannot be used, what it said before, and `guest_complaint` says why."""
         from kvmapp.hostconfig import GuestDefaults, read_guest_defaults
+        complaint = None
         try:
-            return read_guest_defaults(os.path.join(self.paths.config, "guest.conf"))
+            self.guest_settings = read_guest_defaults(os.path.join(self.paths.config, "guest.conf"))
         except KvmappError as error:
-            log.warning("%s; going by the defaults", error)
-            return GuestDefaults()
+            complaint = str(error)
+            if complaint != self.guest_complaint:
+                log.warning("%s; going by %s", error, "what it said before" if self.guest_settings else "the defaults")
+        self.guest_complaint = complaint
+        return self.guest_settings or GuestDefaults()
 
     def tell(self, name: str, type: str, detail: str) -> None:
         domain = self.domains.get(name)

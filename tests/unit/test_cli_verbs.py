@@ -208,7 +208,7 @@ def test_version_and_reload(daemon, ctl):
         f"Compiled against library: kvmapp {__version__}\nUsing library: kvmapp {__version__}\nUsing API: kvmapp 1\n"
         "Running hypervisor: KVM 6.1.0\nRunning against daemon: 9.9.9\n\n")
     assert ctl("uri")[1] == f"{daemon.uri}\n\n"
-    daemon.answers["POST", "/v1/daemon/reload"] = {"domains": 3, "broken": ["bad"], "warnings": ["two MACs clash"]}
+    daemon.answers["POST", "/v1/daemon/reload"] = {"domains": 3, "broken": ["bad"], "refused": [], "warnings": ["two MACs clash"]}
     assert ctl("reload") == (0, "Configuration read again: 3 domains\nbroken: bad\n\n", "warning: two MACs clash\n")
 
 

@@ -5,12 +5,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from kvmapp.client import Client, of
 from kvmapp.daemon.main import main
-from kvmapp.errors import HostError
-from tests.unit.daemon.host import DAEMON, PATIENCE, ROOT, SOCKET_GROUP
+from kvmapp.errors import ConfigError, ConnectionFailed, HostError
+from tests.unit.daemon.host import DAEMON, GUEST, PATIENCE, ROOT, SOCKET_GROUP
 
 
 def test_background_returns_when_it_answers(host):
@@ -62,6 +64,7 @@ def test_who_may_not_signal_it_is_told(running, monkeypatch, verb):
             raise error(1, "Operation not permitted")
         return kill
     words = [f"--{verb}", "--root", str(running.root)]
+    monkeypatch.setattr(Client, "open", Mock(side_effect=ConnectionFailed("no")))
     monkeypatch.setattr(os, "kill", refuse(PermissionError))
     with pytest.raises(HostError, match=rf"Cannot {verb} the kvmapp daemon \(pid {running.process.pid}\): Operation not") as caught:
         main(words)
@@ -79,6 +82,26 @@ def test_reload_takes_new_settings_and_survives_bad_ones(running):
         running.write("kvmapp.conf", "nonsense\n")
         assert "kvmapp.conf:1:" in client.post("/v1/daemon/reload")["warnings"][0]
         assert client.get("/v1/domains") == {"domains": []}
+    with pytest.raises(ConfigError, match=r"kvmapp\.conf:1:") as caught:
+        main(["--reload", "--root", str(running.root)])
+    assert caught.value.hint == "the daemon goes on with what it had"
+
+
+def test_settings_for_guests_that_cannot_be_read_leave_what_was_said_before(running):
+    """Not the defaults: guests would get another user by a slip of the finger."""
+    running.write("guest.conf", f"{GUEST}log_max_backups = 7\n")
+    with running.client() as client:
+        assert client.post("/v1/daemon/reload")["warnings"] == []
+        running.write("guest.conf", f"{GUEST}log_max_backups = seven\n")
+        answer = client.post("/v1/daemon/reload")
+        client.post("/v1/daemon/reload")
+    assert "guest.conf:" in answer["refused"][0] and answer["refused"] == answer["warnings"]
+    running.add("web")
+    with running.client() as client:
+        started = client.post(of("web", "start"))
+    assert started["warnings"] == answer["refused"]
+    log = Path(running.log).read_text()
+    assert log.count("going by what it said before") == 1
 
 
 def test_it_takes_as_many_files_as_the_host_allows(host):
