@@ -196,7 +196,8 @@ DOMAIN = File(
         Setting("thp", YES_NO, True,
                 help="Plain memory may be backed by transparent huge pages: fewer TLB misses, but whole 2 MiB for each byte touched."),
         Setting("ksm", YES_NO, False,
-                help="The host may keep equal pages of its guests once (KSM); it also lets a guest guess at what others hold."),
+                help="The host may keep equal pages of its guests once (KSM, when its /sys/kernel/mm/ksm/run is 1); it also lets a guest "
+                     "guess at what others hold."),
         Setting("prealloc", YES_NO, False, help="All memory is taken from the host at the start, not when the guest touches it."),
         Setting("locked", YES_NO, False, help="The guest's memory is never swapped out."),
         Setting("vcpus", Integer(1, 254), 1, option="--vcpus", help="How many virtual CPUs the guest has."),

@@ -105,7 +105,9 @@ def dumpconf(session, given):
     session.answer(config, config["text"])
 
 
-@verb("dumpxml", "the same as dumpconf: an INI file, no XML", domain(), DUMP_INACTIVE)
+@verb("dumpxml", "the same as dumpconf: an INI file, no XML", domain(), DUMP_INACTIVE,
+      flag("security-info", "accepted for virsh's sake: a domain's file holds no secrets"),
+      flag("migratable", "accepted for virsh's sake"), flag("update-cpu", "accepted for virsh's sake"))
 def dumpxml(session, given):
     dumpconf(session, given)
     session.note("note: kvmapp's configuration is an INI file; dumpconf shows it too")

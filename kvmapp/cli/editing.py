@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 QUESTION = "Try again? [y(es), n(o)]: "
 
 
-@verb("edit", "change a domain's file in an editor", domain(), flag("skip-validate", "refused: every text is checked before it is saved"),
+@verb("edit", "change a domain's file in an editor", domain(),
+      flag("skip-validate", "accepted for virsh's sake: every text is checked before it is saved"),
       text="The file is saved when the editor ends and the text holds no error; nothing is changed otherwise. A running domain takes "
            "the changes at its next start.",
       failure="Failed to edit domain '{domain}'")

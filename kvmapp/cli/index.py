@@ -29,15 +29,15 @@ GROUPS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
         "disks": ("domblkerror", "domblkinfo", "domblkstat"),
         "monitor": ("domblklist", "domiflist", "dominfo", "domjobinfo", "domlog", "domstate"),
         "stats": ("dommemstat", "domstats"),
-        "top": ("top",),
+        "top": ("stats", "top"),
         "addresses": ("domifaddr", "domifstat"),
     }),
     "events": ("Domain Events", {
         "events": ("event",),
     }),
     "network": ("Networking", {
-        "network": ("net-autostart", "net-define", "net-destroy", "net-dhcp-leases", "net-dumpconf", "net-edit", "net-info", "net-list",
-                    "net-name", "net-start", "net-undefine", "net-update", "net-uuid"),
+        "network": ("net-autostart", "net-define", "net-destroy", "net-dhcp-leases", "net-dumpconf", "net-dumpxml", "net-edit", "net-info",
+                    "net-list", "net-name", "net-start", "net-undefine", "net-update", "net-uuid"),
     }),
     "interface": ("Host Interfaces", {
         "interfaces": ("iface-bridge", "iface-dumpconf", "iface-list", "iface-mac", "iface-name", "iface-unbridge"),

@@ -78,6 +78,12 @@ def net_dumpconf(session, given):
     session.answer(config, config["text"])
 
 
+@verb("net-dumpxml", "the same as net-dumpconf: an INI file, no XML", NETWORK, INACTIVE)
+def net_dumpxml(session, given):
+    net_dumpconf(session, given)
+    session.note("note: kvmapp's configuration is an INI file; net-dumpconf shows it too")
+
+
 @verb("net-edit", "change a network's file in an editor", NETWORK,
       text="The file is saved when the editor ends and the text holds no error; nothing is changed otherwise. An active network takes "
            "the changes at its next start; net-update changes it at once.",

@@ -1,4 +1,4 @@
-"""top: what the running domains do, refreshed: CPU, memory, exits, disks and network of each a second.
+"""top: what the running domains do, refreshed: CPU, memory, exits, disks and network of each a second; stats: the same, once.
 
 On a terminal the table is redrawn in place, q ends it; in a pipe each turn is the table's plain text.
 """
@@ -9,6 +9,7 @@ import time
 
 from kvmapp.cli import render
 from kvmapp.cli.table import NUMBER, SECONDS, flag, value, verb
+from kvmapp.client import of
 from kvmapp.errors import UsageError
 
 TITLES = ("Id", "Name", "State", "CPU%", "Memory", "Exits/s", "Rd B/s", "Wr B/s", "Rx B/s", "Tx B/s")
@@ -67,6 +68,18 @@ def top(session, given):
             screen.show(sorted(usages.values(), key=order(given.sort or "cpu")))
             before, wait, turns = usages, given.delay or 2, turns + 1
     return 0
+
+
+@verb("stats", "what the running domains do, once: top's table",
+      value("interval", "measured for so many seconds (default 1)", kind=SECONDS, named=True),
+      value("domain", "these only", many=True, complete="active"),
+      text="domstats has all counters, as they stand.")
+def stats(session, given):
+    wanted = {session.daemon.get(of(name))["name"] for name in given.domain}
+    before = measure(session, {})
+    paper = Paper(session)
+    if not paper.ends_within(given.interval or 1.0):
+        paper.show([usage for name, usage in sorted(measure(session, before).items()) if not wanted or name in wanted])
 
 
 def measure(session, before: dict[str, Usage]) -> dict[str, Usage]:

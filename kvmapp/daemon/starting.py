@@ -42,6 +42,7 @@ HELD_RATE = 64 << 20                    # bytes of held memory that a slow host 
 KILL_TIMEOUT = 5.0                      # for a process to go after SIGKILL
 NEVER_FORKED = "The zygote died before it had started the domain"
 WARNINGS_MOST = 20                      # of a domain process about its restored machine
+KSM_RUN = "/sys/kernel/mm/ksm/run"
 LAST_WORDS = 2.0                        # between the end of its socket and its own
 
 
@@ -115,6 +116,8 @@ class Start:
         defaults = self.supervisor.guest_defaults()
         if self.supervisor.guest_complaint:
             self.warnings.append(self.supervisor.guest_complaint)
+        if self.config.ksm and not merges_pages():
+            self.warnings.append(f"ksm = yes merges nothing while this host's KSM is off: echo 1 > {KSM_RUN}")
         self.uid, self.gid = owner(defaults, self.supervisor.socket_gid)
         self.check_macs()
         if self.config.disks:                                   # a file server that hangs must hold up this start only
@@ -326,6 +329,14 @@ def start_server(filesystem: FilesystemConfig, log: str) -> fileserver.Server:
 def close_all(files: dict[str, int]) -> None:
     while files:
         os.close(files.popitem()[1])
+
+
+def merges_pages() -> bool:
+    try:
+        with open(KSM_RUN) as file:
+            return file.read().strip() == "1"
+    except OSError:                             # a kernel without it
+        return False
 
 
 def owner(defaults: GuestDefaults, socket_gid: int | None) -> tuple[int | None, int | None]:

@@ -86,7 +86,7 @@ def test_domblkstat(daemon, ctl):
 @pytest.mark.parametrize(("words", "body"), [
     (["/data/y.img", "vdb"], {"name": "vdb", "settings": {"source": "/data/y.img"}}),
     (["/data/y.img", "vdb", "--cache", "none", "--io=threads", "--serial", "Y", "--mode", "readonly", "--targetbus", "virtio",
-      "--subdriver", "raw", "--live"],
+      "--subdriver", "raw", "--driver", "qemu", "--type", "disk", "--sourcetype", "file", "--live"],
      {"name": "vdb", "settings": {"source": "/data/y.img", "bus": "virtio", "format": "raw", "cache": "none", "io": "threads",
                                   "serial": "Y", "readonly": "yes"}, "live": True}),
     (["--source", "/data/../y.img", "--target", "vdb", "--persistent"],

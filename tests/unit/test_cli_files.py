@@ -59,7 +59,7 @@ def test_undefine_says_what_it_left(daemon, ctl):
 def test_dumpconf_and_dumpxml(daemon, ctl):
     daemon.answers["GET", "/v1/domains/linuxvm03/config"] = config_answer()
     assert ctl("dumpconf", "linuxvm03", "--inactive") == (0, "name = linuxvm03\n\n", "")
-    status, out, err = ctl("dumpxml", "linuxvm03")
+    status, out, err = ctl("dumpxml", "linuxvm03", "--security-info", "--migratable")
     assert (status, out) == (0, "name = linuxvm03\n\n") and "INI" in err
 
 

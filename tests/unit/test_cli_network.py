@@ -96,6 +96,7 @@ def test_files(daemon, ctl, tmp_path, monkeypatch):
     assert ctl("net-define", str(path)) == (0, f"Network lab defined from {path}\n\n", "made: uuid\n")
     daemon.answers["GET", "/v1/networks/lab/config"] = {"text": "name = lab\n", "file": None, "config": {}, "digest": "d"}
     assert ctl("net-dumpconf", "lab") == (0, "name = lab\n\n", "")
+    assert ctl("net-dumpxml", "lab")[:2] == (0, "name = lab\n\n")
     monkeypatch.setenv("VISUAL", "sed -i s/lab/lub/")
     daemon.answers["PUT", "/v1/networks/lab/config"] = {"network": network("lab"), "created": False, "made": [], "warnings": []}
     assert ctl("net-edit", "lab") == (0, "Network lab configuration edited.\n\n", "")

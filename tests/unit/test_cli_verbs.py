@@ -380,6 +380,18 @@ def test_top_in_a_pipe_prints_turns(daemon, ctl):
     assert usage["cpu_percent"] == 50.0 and usage["exits_per_second"] == 1500.0
 
 
+def test_stats_is_top_once(daemon, ctl):
+    turn = iter(range(100))
+    daemon.answers["GET", "/v1/stats"] = lambda *_: {"domains": [stats(name, time=float(number), cpu_time_ns=number * 500_000_000)
+                                                                 for number in [next(turn)] for name in ("linuxvm01", "linuxvm02")]}
+    status, out, error = ctl("stats", "--interval", "1")
+    assert error == ""
+    assert status == 0 and [row.split()[1:4] for row in out.splitlines()[2:4]] == [["linuxvm01", "running", "50.0"],
+                                                                                   ["linuxvm02", "running", "50.0"]]
+    assert [one["name"] for one in json.loads(ctl("stats", "linuxvm02", "--json")[1])["domains"]] == ["linuxvm02"]
+    assert "failed to get domain 'nobody'" in ctl("stats", "nobody")[2]
+
+
 @pytest.mark.parametrize("sort", ["cpu", "id"])
 def test_top_leaves_out_what_ends_meanwhile(daemon, ctl, sort):
     daemon.answers["GET", "/v1/stats"] = {"domains": [stats("linuxvm01", None), stats("linuxvm02", 2)]}

@@ -13,7 +13,7 @@ import pytest
 
 from kvmapp import errors, schema
 from kvmapp.client import of
-from kvmapp.daemon import actions
+from kvmapp.daemon import actions, starting
 from kvmapp.daemon.cgroups import Cgroups
 from kvmapp.daemon.domain import Domain
 from kvmapp.daemon.main import cgroup_name
@@ -94,6 +94,14 @@ def test_ids_grow_and_a_second_start_is_refused(running):
     running.post("web", "destroy")
     assert running.post("web", "start")["domain"]["id"] == first + 2
     assert running.domain(f"{first + 2}")["name"] == "web" and running.domain(running.domain("web")["uuid"].upper())["name"] == "web"
+
+
+@pytest.mark.parametrize(("run", "warned"), [("1\n", False), ("0\n", True), (None, True)])
+def test_ksm_that_the_host_does_not_do_is_told(tmp_path, monkeypatch, run, warned):
+    monkeypatch.setattr(starting, "KSM_RUN", str(tmp_path / "run"))
+    if run is not None:
+        (tmp_path / "run").write_text(run)
+    assert starting.merges_pages() == (not warned)
 
 
 def test_suspend_resume_reset(running):
