@@ -367,6 +367,7 @@ cdef class VirtioDevice(Device):
         pthread_mutex_lock(&self.lock)
         if not queue.enabled:
             queue.packed = self.has(VIRTIO_F_RING_PACKED)
+            queue.last_avail = queue.next_used = queue.published = 0        # a saved state may have said something else
             if queue.enable(self.has(VIRTIO_RING_F_INDIRECT_DESC), self.has(VIRTIO_RING_F_EVENT_IDX)) < 0:
                 self.need_reset()
             self.start(queue)

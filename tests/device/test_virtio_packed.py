@@ -86,6 +86,26 @@ def test_what_waits_in_the_ring_is_taken_back_and_given_again(guest):
         assert done.data == bytes([number])
 
 
+def test_a_ring_begins_at_its_beginning_wherever_a_saved_state_says_it_was(guest):
+    """A state that somebody wrote: far behind the ring would be somebody else's memory."""
+    driver = guest.plug(VirtioRng("rng0", guest.memory))
+    driver.negotiate()
+    driver.card.pause()
+    state = driver.card.save()
+    [queue] = state["virtio"]["queues"]
+    queue.update(size=0xFFFF, last_avail=0x7000, next_used=0x7000)
+    driver.card.reset()
+    driver.card.restore(state)
+    driver.card.resume()
+    queue = PackedQueue(driver, 0, 8)
+    queue.enable()
+    driver.set_status(DRIVER_OK)
+    queue.post(writable=[8])
+    queue.kick(force=True)
+    guest.settle()
+    assert [done.written for done in queue.collect()] == [8]
+
+
 def breaks(guest, driver):
     driver.await_needs_reset()
     assert not driver.device.queues[0].enabled or driver.device.queues[0].broken
