@@ -41,6 +41,7 @@ cdef class BlkQueue(BlockClient):
     cdef void rest(self, BlkSlot* slot) noexcept nogil
     cdef void forget(self) noexcept nogil
     cdef void try_again(self) noexcept nogil
+    cdef void give_up(self) noexcept nogil
     cdef void end_round(self) noexcept nogil
 
 

@@ -254,8 +254,21 @@ cdef class BlkQueue(BlockClient):
         """The next kick begins with what had no room."""
         atomic_store_u32(&self.stuck, False)
 
+    cdef void give_up(self) noexcept nogil:
+        """Nothing is begun again on a broken queue: what had no room has failed."""
+        cdef BlockRequest* request
+        while True:
+            request = block_pop(&self.stranded)
+            if request == NULL:
+                break
+            self.under_way += 1
+            self.answer(<BlkSlot*>request, VIRTIO_BLK_S_IOERR, 0)
+        atomic_store_u32(&self.stuck, False)
+
     cdef void end_round(self) noexcept nogil:
         """Shows the driver what was answered, with the queue's lock held."""
+        if self.queue.broken:
+            self.give_up()
         self.device.notify_used(self.queue)
         if self.starved and self.free != NULL:
             self.queue.doorbell.press()

@@ -7,6 +7,7 @@ import pytest
 from kvmapp.devices import Power, PowerEvent
 from kvmapp.errors import HostError
 from tests.device.virtio_blk.machine import IN, IOERR, OK, OUT, T_FLUSH, T_ZEROES, Machine, header, span
+from tests.device.virtio_driver import NEXT
 from tests.device.virtio_wirings import ALL
 from tests.smalldisk import make_room, small_disk, sparse
 from tests.waiting import TIMEOUT
@@ -191,6 +192,25 @@ def test_it_is_not_saved_either_between_a_resume_and_the_next_try(small):
     host.card.resume()
     host.queue.wait(8 - before)
     assert host.content()[:8] == list(range(1, 9))
+
+
+@pytest.mark.parametrize("io", ["threads", "io_uring"])
+def test_on_a_ring_that_its_driver_broke_nothing_waits_for_room(small, io):
+    """Nothing would begin it again, and the guest could never be saved."""
+    host = small(io=io)
+    head = host.queue.free[-1]
+    for block in range(8):
+        host.machine.post(OUT, block * BLOCK // 512, bytes(BLOCK))
+    host.queue.describe(head, 0x1000, 8, NEXT, head)
+    host.queue.offer(head)
+    host.queue.kick()
+    host.machine.driver.await_needs_reset()
+    host.machine.guest.settle()
+    host.card.pause()
+    assert not host.machine.device.is_full
+    host.card.save()
+    results = {done.data[0] for done in host.queue.collect()}
+    assert results == {OK, IOERR}
 
 
 def test_error_policy_report_tells_the_guest(small):
