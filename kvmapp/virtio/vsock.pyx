@@ -305,7 +305,7 @@ cdef class VirtioVsock(VirtioDevice):
         memset(&header, 0, HEADER)
         header.src_port, header.dst_port = connection.host_port, connection.guest_port
         header.buf_alloc = WINDOW
-        header.fwd_cnt = connection.told = connection.taken
+        header.fwd_cnt = connection.taken
         if connection.wishes & TELL_RESET:
             header.op = VIRTIO_VSOCK_OP_RST
             end(connection)
@@ -323,6 +323,7 @@ cdef class VirtioVsock(VirtioDevice):
             if length < 0:
                 queue.unpop(&self.chains[RX])
                 return True
+        connection.told = header.fwd_cnt                # not sooner: what was not sent, the guest does not know
         self.put(queue, &header, <uint32_t>length)
         return True
 
