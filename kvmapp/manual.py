@@ -27,7 +27,7 @@ RUN_STATUSES = (("0", "The guest powered off."), ("1", "It could not be started,
 SIGNALS = (("SIGTERM, SIGINT", "Stop. Domains run on, and the next daemon finds them."),
            ("SIGHUP", "Read the configuration again and open the log anew."),
            ("SIGKILL", "Hurts no guest; the next daemon needs no clearing up after it."))
-FILES = (("/etc/kvmapp/", "The configuration: kvmapp.conf(5), domains/, networks/, storage/."),
+FILES = (("/etc/kvmapp/", "The configuration: kvmapp.conf(5), domains/, networks/; storage/ is for pools, which are not there yet."),
          ("/etc/kvmapp/domains/autostart/", "Links to the domains that start with the host."),
          ("/run/kvmapp/kvmapp.sock", "The daemon's socket; members of group kvmapp may use it, and are as powerful as root by it."),
          ("/run/kvmapp/kvmapp-sock-ro", "The socket for those who only look."),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Call = tuple[Verb, Given]
 
 NUMBER_LIMIT = 1 << 63
+NOT_YET = ("install", "img", "migrate", "pool-", "vol-", "snapshot-", "screenshot", "vncdisplay")       # what users look for
 SECONDS_MOST = ((1 << 31) - 1) // 1000      # virsh counts its timeouts in milliseconds, in an int; what waits here cannot do with more
 
 
@@ -36,6 +37,8 @@ def parse_call(words: list[str]) -> Call:
     name, *rest = words
     verb = find(name)
     if verb is None:
+        if name.startswith(NOT_YET):
+            raise UsageError(f"kvmapp has no '{name}' yet", "what this version does: kvmappctl help; what it does not: its README")
         raise UsageError(f"unknown command: '{name}'", nearest_hint(name, list(MODULES), "kvmappctl help lists the commands"))
     if asks_for_help(rest):
         help_verb = find("help")

@@ -38,7 +38,8 @@ def test_options(text, expected):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("nosuch", "unknown command: 'nosuch'"),
+    ("nosuch", "unknown command: 'nosuch'"), ("install --name web", "kvmapp has no 'install' yet"),
+    ("vol-list default", "kvmapp has no 'vol-list' yet"),
     ("list --foo", "command 'list' doesn't support option --foo"),
     ("list extra", "unexpected data 'extra'"),
     ("start", "command 'start' requires <domain> option"),
