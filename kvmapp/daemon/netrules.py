@@ -5,8 +5,8 @@
     iptables_text(rules)   the same as chains KVMAPP-* for iptables-restore(8), where there is no nft
 
 Other programs flush only what is theirs, and whatever becomes of ours, `apply` puts it back. In the kernel a packet passes only if
-every table lets it: a firewall that rejects forwarded packets by itself still does. Left out: rules within a bridge (a guest that
-spoofs) and forwards from the host's own 127.0.0.1.
+every table lets it: otherfilters.py knows the host's other ones, and iptables is told beside nft where it would drop what we let pass.
+Left out: rules within a bridge (a guest that spoofs) and forwards from the host's own 127.0.0.1.
 """
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import re
 from contextlib import suppress
 from functools import cache
 
+from kvmapp.daemon import otherfilters
 from kvmapp.daemon.hostnet import find_program, run
 from kvmapp.errors import HostError
 
@@ -53,6 +54,7 @@ def apply(networks: list[NetworkConfig]) -> str | None:
     """
     if find_program("nft"):
         run(["nft", "-f", "-"], "set the rules of networks", "".join(nft_text(networks, version) for version in (4, 6)))
+        apply_beside(networks)
     else:
         apply_iptables(networks)
     text = shown()
@@ -72,10 +74,21 @@ def apply_iptables(networks: list[NetworkConfig]) -> None:
             jump(tool, table, base, f"KVMAPP-{chain.upper()}", bool(wanted))
 
 
+def apply_beside(networks: list[NetworkConfig]) -> None:
+    """Where iptables' chains are closed, they call ours."""
+    for chain in otherfilters.chains():
+        wanted = [rule for rule in rules(networks, chain.version) if rule[0] == chain.name] if chain.is_closed else []
+        if wanted:
+            run([f"{chain.tool}-restore", *waiting(chain.tool, (1, 6, 2)), "--noflush"], "set the rules of networks",
+                iptables_text(wanted, (chain.name,)))
+        if wanted or chain.has_ours:
+            jump(chain.tool, "filter", chain.base, f"KVMAPP-{chain.base}", bool(wanted))
+
+
 def shown() -> str:
     """Our rules as the host's packet filter shows them now. What it showed after `apply` it shows until somebody touches them."""
     if find_program("nft"):
-        return "".join(listed(["nft", "list", "table", family, "kvmapp"]) for family in ("ip", "ip6"))
+        return "".join(listed(["nft", "list", "table", family, "kvmapp"]) for family in ("ip", "ip6")) + otherfilters.marks()
     tools = [tool for tool in ("iptables-save", "ip6tables-save") if find_program(tool)]
     lines = [line for tool in tools for line in listed([tool]).splitlines()]
     return "\n".join(line for line in lines if line.startswith("-A") and "KVMAPP" in line)
@@ -229,10 +242,12 @@ def nft_rule(conditions: dict[str, object], verdict: str, version: int) -> str:
     return " ".join([*words, verdict.replace("dnat ", "dnat to ")])
 
 
-def iptables_text(wanted: list[Rule]) -> str:
+def iptables_text(wanted: list[Rule], only: tuple[str, ...] = tuple(CHAINS)) -> str:
     lines = []
     for table in ("filter", "nat"):
-        chains = [chain for chain, (_, where, _) in CHAINS.items() if where == table]
+        chains = [chain for chain, (_, where, _) in CHAINS.items() if where == table and chain in only]
+        if not chains:
+            continue
         lines += [f"*{table}", *(f":KVMAPP-{chain.upper()} - [0:0]" for chain in chains)]
         lines += [iptables_rule(*rule) for rule in wanted if rule[0] in chains]
         lines.append("COMMIT")

@@ -121,8 +121,7 @@ async def network_undefine(call: Call) -> dict:
 
 async def network_start(call: Call) -> dict:
     one = call.network()
-    await call.supervisor.networks.start(one)
-    return changed(one)
+    return changed(one, await call.supervisor.networks.start(one))
 
 
 async def network_destroy(call: Call) -> dict:

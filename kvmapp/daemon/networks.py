@@ -10,7 +10,7 @@ import logging
 import os
 import time
 
-from kvmapp.daemon import hostnet, netrules
+from kvmapp.daemon import hostnet, netrules, otherfilters
 from kvmapp.daemon.network import ACTIVE, STARTING, STOPPING, Members, Network, read_note
 from kvmapp.daemon.networkstore import NetworkStore, not_found
 from kvmapp.errors import ConfigError, HostError, KvmappError, NetworkActive, NetworkInactive
@@ -213,8 +213,8 @@ class Networks:
 
     # Verbs.
 
-    async def start(self, network: Network) -> None:
-        """Raises KvmappError; then nothing of it is left."""
+    async def start(self, network: Network) -> list[str]:
+        """Warnings. Raises KvmappError; then nothing of it is left."""
         async with self.lock:
             if network.active:
                 raise NetworkActive("Requested operation is not valid: network is already active", f"kvmappctl net-info {network.name}")
@@ -238,6 +238,12 @@ class Networks:
         await self.supervisor.cards.check()             # running domains that were in it get into its bridge
         log.info("network '%s' is active on bridge %s", network.name, network.live.bridge)
         self.supervisor.events.publish("network", None, type="started", detail=network.name)
+        if network.live.mode in ("bridge", "open"):
+            return []
+        warnings = await asyncio.to_thread(otherfilters.complaints, network.live.bridge or "")
+        for warning in warnings:
+            log.warning("network '%s': %s", network.name, warning)
+        return warnings
 
     async def undo(self, network: Network) -> None:
         network.phase = STOPPING

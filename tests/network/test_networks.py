@@ -381,6 +381,42 @@ def test_what_others_take_away_is_put_back(host):
     host.eventually(lambda: lease(host, guest)["router"] == "192.168.122.1", "DHCP")
 
 
+@pytest.mark.skipif(NO_IPTABLES is not None, reason=str(NO_IPTABLES))
+@pytest.mark.parametrize("closing", [["-P", "{}", "DROP"], ["-A", "{}", "-j", "REJECT"]], ids=["policy", "rule"])
+def test_iptables_that_others_have_closed_lets_guests_through_beside_nft(host, closing):
+    """Docker and ufw set the policy, distributions end their chains with such a rule; before or after the network was started."""
+    def close():
+        for base in ("FORWARD", "INPUT"):
+            host.run("iptables", *(word.format(base) for word in closing))
+
+    def ours():
+        return [line for line in host.run("iptables", "-S").splitlines() if "KVMAPP" in line]
+    host.network()
+    host.start()
+    host.outside()
+    assert host.net("post", "default", "start")["warnings"] == []
+    guest = host.plug("virbr0", "g0")
+    host.run("sleep", "1")                              # five looks of the daemon: nobody is in the way
+    assert ours() == []
+    close()
+    host.eventually(ours, "our rules in iptables")
+    assert lease(host, guest)["router"] == "192.168.122.1" and answers(guest, "203.0.113.1", within=30)
+    whole = ours()
+    host.run("iptables", "-F")
+    if closing[0] == "-A":
+        close()
+    host.eventually(lambda: ours() == whole, "the rules that were flushed")
+    assert answers(guest, "203.0.113.1", within=30)
+    said = Path(host.log).read_text()
+    host.run("sleep", "1")
+    assert Path(host.log).read_text() == said           # and then there is peace
+    host.net("post", "default", "destroy")
+    assert ours() == []
+    host.net("post", "default", "start")                # closed from the first
+    assert ours() == whole
+    host.net("post", "default", "destroy")
+
+
 def test_domains_join_an_active_network_and_are_known_by_name(host):
     host.network()
     host.start()

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from kvmapp.daemon import dnsmasq, hostbridge, hostnet, netrules
+from kvmapp.daemon import dnsmasq, hostbridge, hostnet, netrules, otherfilters
 from kvmapp.errors import HostError
 from kvmapp.hostconfig import NetworkConfig
 
@@ -91,6 +91,44 @@ def test_rules_that_are_shown_are_counted():
     assert netrules.rules_in("-A FORWARD -j KVMAPP-FORWARD\n-A KVMAPP-FORWARD -i virbr0 -j ACCEPT") == 2
 
 
+@pytest.mark.parametrize(("text", "closed", "ours"), [
+    ("", False, False),
+    ("\t\ttype filter hook forward priority filter; policy drop;\n\t\tcounter packets 8 bytes 9 jump DOCKER-USER\n", True, False),
+    ("\t\ttype filter hook forward priority filter; policy accept;\n\t\tcounter packets 8 bytes 9 jump KVMAPP-FORWARD\n", False, True),
+    ("\t\tcounter packets 1 bytes 2 reject with icmp host-prohibited\n", True, False),
+    ('\t\tiifname "eth0" counter packets 1 bytes 2 drop\n\t\tcounter packets 1 bytes 2 accept\n', False, False),
+    ("-P FORWARD DROP\n-A FORWARD -j KVMAPP-FORWARD\n", True, True),
+    ("-P FORWARD ACCEPT\n-A FORWARD -s 10.0.0.1/32 -j DROP\n", False, False),
+    ("-P FORWARD ACCEPT\n-A FORWARD -j REJECT --reject-with icmp-host-prohibited\n", True, False)])
+def test_chains_of_others_that_let_nothing_pass(monkeypatch, text, closed, ours):
+    monkeypatch.setattr(otherfilters, "said", lambda words: text if (words[0] == "nft") != text.startswith("-P") else "")
+    monkeypatch.setattr(otherfilters, "content", lambda path: "nat\nfilter\n")
+    chain = otherfilters.Chain(4, "forward")
+    assert (chain.is_closed, chain.has_ours) == (closed, ours)
+
+
+def test_a_kernel_without_iptables_of_the_older_kind_is_not_given_it(monkeypatch):
+    asked: list[list[str]] = []
+
+    def said(words):
+        asked.append(words)
+        return ""
+    monkeypatch.setattr(otherfilters, "said", said)
+    monkeypatch.setattr(otherfilters, "content", lambda path: "")
+    assert not otherfilters.Chain(6, "input").is_closed
+    assert asked == [["nft", "list", "chain", "ip6", "filter", "INPUT"]]
+
+
+@pytest.mark.parametrize(("tables", "zone", "installed", "complaint"), [
+    ("table inet firewalld\n", "", True, True), ("table inet firewalld\n", "trusted\n", True, False),
+    ("table inet firewalld\n", "", False, False), ("table ip filter\n", "", True, False)])
+def test_firewalld_that_does_not_know_a_bridge_is_told_of(monkeypatch, tables, zone, installed, complaint):
+    monkeypatch.setattr(otherfilters, "said", lambda words: tables if words[0] == "nft" else zone)
+    monkeypatch.setattr(otherfilters, "find_program", lambda name: "/usr/bin/x" if installed else None)
+    found = otherfilters.complaints("virbr0")
+    assert bool(found) == complaint and all("--zone=trusted --add-interface=virbr0" in one for one in found)
+
+
 def test_without_networks_nothing_is_left():
     assert netrules.nft_text([], 4) == "table ip kvmapp\ndelete table ip kvmapp\n"
     assert netrules.nft_text([network()], 6) == "table ip6 kvmapp\ndelete table ip6 kvmapp\n"
@@ -99,6 +137,8 @@ def test_without_networks_nothing_is_left():
 def test_iptables_says_the_same():
     one = network(forwards=[{"name": "ssh", "port": 2222, "to": "192.168.122.10", "to_port": 22}])
     text = netrules.iptables_text(netrules.rules([one], 4))
+    assert lines(netrules.iptables_text([("input", {"in": "virbr0"}, "accept")], ("input",))) == [
+        "*filter", ":KVMAPP-INPUT - [0:0]", "-A KVMAPP-INPUT -i virbr0 -j ACCEPT", "COMMIT"]
     assert lines(text) == [
         "*filter", ":KVMAPP-FORWARD - [0:0]", ":KVMAPP-INPUT - [0:0]",
         "-A KVMAPP-FORWARD -i virbr0 -o virbr0 -j ACCEPT", "-A KVMAPP-FORWARD -i virbr0 ! -s 192.168.122.0/24 -j REJECT",
