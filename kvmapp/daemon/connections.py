@@ -3,7 +3,8 @@ descriptor that a domain may need. No user but root may have more than half of t
 uids of his own for containers is several.
 
 One beyond the most is answered with an error before it has asked, and closed; so is, without an answer, one that has not asked for
-anything in time. A connection that has asked once is kept for as long as its client wants: it may be a stream of events.
+anything in time. A connection that has asked once is kept for as long as its client wants: it may be a stream of events. What it sends
+beside that is bounded: who asks much more before there is an answer is cut off, nothing is unpacked, and aiohttp's complaints are few.
 """
 from __future__ import annotations
 
@@ -25,13 +26,33 @@ if TYPE_CHECKING:
 log = logging.getLogger("kvmapp")
 FIRST_REQUEST = 30.0                    # seconds from the connection to the end of its first request
 COMPLAINT = 60.0                        # seconds between two lines in the log
+AHEAD_MOST = 8                          # requests that wait on one connection: our own clients await each answer
+TAIL_MOST = 65536                       # bytes behind a request for another protocol, which we do not speak
+WORDS_MOST = 200                        # characters of a complaint of aiohttp's, which repeats what a client sent
+
+
+class Seldom(logging.Filter):
+    """One line a COMPLAINT, and a short one: what goes wrong on a connection is its client's doing."""
+    said = -COMPLAINT
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if time.monotonic() - self.said < COMPLAINT:
+            return False
+        self.said = time.monotonic()
+        why = f": {record.exc_info[1]!r}"[:WORDS_MOST] if record.exc_info else ""
+        record.msg, record.args, record.exc_info = record.getMessage()[:WORDS_MOST] + why, (), None
+        return True
+
+
+clients_log = logging.getLogger("kvmapp.clients")
+clients_log.addFilter(Seldom())
 
 
 class Connections(web.Server):
     """`most()`: how many there may be at a time; None: as many as come, and they have time."""
 
     def __init__(self, handle: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], most: Callable[[], int] | None):
-        super().__init__(handle, handler_cancellation=True, access_log=None)
+        super().__init__(handle, handler_cancellation=True, access_log=None, auto_decompress=False)
         self.most = most
         self.complained = -COMPLAINT
 
@@ -50,7 +71,8 @@ class Connection(web.RequestHandler):
     __slots__ = ("connections", "deadline", "most", "user")
 
     def __init__(self, connections: Connections, most: Callable[[], int]):
-        super().__init__(connections, loop=asyncio.get_running_loop(), access_log=None)   # type: ignore[arg-type]
+        super().__init__(connections, loop=asyncio.get_running_loop(), access_log=None, logger=clients_log,    # type: ignore[arg-type]
+                         auto_decompress=False)
         self.connections, self.most = connections, most
         self.deadline: asyncio.TimerHandle | None = None
         self.user = -1                      # uid
@@ -68,6 +90,11 @@ class Connection(web.RequestHandler):
         transport.write(refusal(f"{own} clients of yours, a user's" if len(others) < most else f"{most} clients, its"))
         transport.close()
         self.force_close()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if len(self._messages) > AHEAD_MOST or len(self._message_tail) > TAIL_MOST:
+            self.force_close()
 
     def connection_lost(self, error: BaseException | None) -> None:
         self.has_asked()

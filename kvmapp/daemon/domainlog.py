@@ -99,7 +99,7 @@ def last_lines(path: str, count: int) -> list[str]:
         with open(path, "rb") as log:
             size = log.seek(0, os.SEEK_END)
             log.seek(max(0, size - 400 * count))
-            lines = log.read().decode("utf-8", "replace").splitlines()
+            lines = log.read(400 * count).decode("utf-8", "replace").splitlines()       # its writer may make it longer meanwhile
     except FileNotFoundError:
         return []
     return (lines if size <= 400 * count else lines[1:])[-count:]

@@ -114,5 +114,73 @@ def test_who_says_nothing_is_not_kept_and_who_has_asked_is(tmp_path, monkeypatch
     asyncio.run(story())
 
 
+async def flooded(path, first, flood):
+    """Whether who goes on sending is cut off."""
+    _, writer = await asyncio.open_unix_connection(path, limit=1 << 16)
+    writer.write(first)
+    try:
+        for _ in range(1000):
+            writer.write(flood)
+            await asyncio.wait_for(writer.drain(), 60)
+    except ConnectionError:
+        return True
+    finally:
+        writer.close()
+    return False
+
+
+@pytest.mark.parametrize(("first", "flood"), [
+    ("GET /v1/events", b"GET / HTTP/1.1\r\n\r\n" * 1000),
+    ("GET /v1/events HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nX: y", bytes(65536))], ids=["requests", "protocol"])
+def test_who_does_not_await_his_answers_is_cut_off(tmp_path, first, flood):
+    """Else he would fill the daemon's memory."""
+    path, daemon = str(tmp_path / "socket"), SimpleNamespace(config=DaemonConfig(), supervisor=SimpleNamespace(events=Events()))
+
+    async def story():
+        server = Server(cast("Any", daemon))
+        await server.listen(listen(path, 0o600), READ_ONLY)
+        assert await flooded(path, request(first) if " HTTP" not in first else f"{first}\r\n\r\n".encode(), flood)
+        daemon.supervisor.events.close()
+        await server.close()
+    asyncio.run(story())
+
+
+def test_what_a_client_has_packed_is_not_unpacked(tmp_path, monkeypatch):
+    import zlib
+    packed = zlib.compress(bytes(8 << 20))
+    path, daemon = str(tmp_path / "socket"), SimpleNamespace(config=DaemonConfig(), supervisor=SimpleNamespace(events=Events()))
+    unpacked: list[int] = []
+    monkeypatch.setattr("aiohttp.compression_utils.ZLibDecompressor.decompress_sync", lambda *_: unpacked.append(1))
+
+    async def story():
+        server = Server(cast("Any", daemon))
+        await server.listen(listen(path, 0o600), READ_ONLY)
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(request("GET /nowhere", f"Content-Encoding: deflate\r\nContent-Length: {len(packed)}\r\n") + packed)
+        await asyncio.wait_for(reader.readuntil(b" "), 60)
+        writer.close()
+        await server.close()
+    asyncio.run(story())
+    assert unpacked == []
+
+
+def test_complaints_of_what_clients_send_are_few_and_short(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(connections.Seldom, "said", -connections.COMPLAINT)
+    path, daemon = str(tmp_path / "socket"), SimpleNamespace(config=DaemonConfig(), supervisor=SimpleNamespace(events=Events()))
+
+    async def story():
+        server = Server(cast("Any", daemon))
+        await server.listen(listen(path, 0o600), READ_ONLY)
+        for _ in range(5):
+            reader, writer = await asyncio.open_unix_connection(path)
+            writer.write(request("GET /v1/openapi.json") + b"GET / HTTP/1.1\r\n" + b"\x01" * 50000)
+            await asyncio.wait_for(reader.read(), 60)
+            writer.close()
+        await server.close()
+    asyncio.run(story())
+    assert len(caplog.records) <= 1 and len(caplog.text) < 1000
+    assert "kvmapp.clients" in caplog.text or not caplog.text
+
+
 def request(words, more=""):
     return f"{words} HTTP/1.1\r\nHost: x\r\n{more}\r\n".encode()

@@ -1,5 +1,6 @@
 """Logs that are set aside by size."""
 import errno
+import io
 import os
 
 from kvmapp.daemon import domainlog
@@ -36,3 +37,15 @@ def test_of_a_log_without_end_only_the_end_is_copied(tmp_path):
     domainlog.rotate(str(log), 1000, 1, in_use=True)
     kept = (tmp_path / "web.log.1").read_bytes()
     assert len(kept) == 4000 and kept.endswith(b"\0the last line\n") and log.stat().st_size == 0
+
+
+def test_a_log_that_grows_while_its_end_is_read_is_not_read_whole(monkeypatch):
+    """Its writer may be hostile, and make it as long as it likes."""
+    class Growing(io.BytesIO):
+        def seek(self, place, whence=os.SEEK_SET):
+            found = super().seek(place, whence)
+            if whence == os.SEEK_END:
+                self.write(b"y\n" * 100_000)
+            return found
+    monkeypatch.setattr(domainlog, "open", lambda *_: Growing(b"x\n" * 10), raising=False)
+    assert sum(map(len, domainlog.last_lines("/x", 10))) < 400 * 10
