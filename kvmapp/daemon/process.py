@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LINE_LIMIT = 4 << 20
+TURN = 0.005                            # seconds that one domain's words may take at a time ...
+REST = 4                                # ... and how many times as long the others then have
 ANSWER_TIMEOUT = 5.0
 CHECK_TIMEOUT = 2.0                     # of the heartbeat: a domain's control thread has little else to do than to answer
 LAST_BREATH = 0.5                       # between the end of a process's sockets and its own
@@ -36,11 +38,12 @@ UNKNOWN = -1                            # a start time that could not be read, a
 STATES = {"starting": "paused", "running": "running", "paused": "paused", "saving": "paused", "shutting down": "in shutdown",
           "in shutdown": "in shutdown", "crashed": "crashed", "shut off": "in shutdown"}
 # What else a domain process tells, and which word of it counts.
+KEPT = ("state", "reason", "full_disks", "balloon", "ttys", "warnings")        # of a status: what somebody asks for later
 TOLD = {"device-removed": "device", "io-error": "device", "watchdog": "action"}
 
 
 class ControlLink(asyncio.Protocol):
-    """Lines of JSON: answers to our numbered requests, and events."""
+    """Lines of JSON: answers to our numbered requests, and events. A process that talks without end has a fifth of our time."""
 
     def __init__(self, on_event: Callable[[dict], None], on_lost: Callable[[], None]):
         self.on_event, self.on_lost = on_event, on_lost
@@ -55,12 +58,26 @@ class ControlLink(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.buffer += data
+        self.hear_all()
+
+    def hear_all(self) -> None:
+        begun = time.monotonic()
         while (end := self.buffer.find(b"\n")) >= 0:
             line = bytes(self.buffer[:end])
             del self.buffer[:end + 1]
             self.hear(line)
+            spent = time.monotonic() - begun
+            if spent > TURN and self.transport is not None:
+                self.transport.pause_reading()
+                asyncio.get_running_loop().call_later(REST * spent, self.go_on)
+                return
         if len(self.buffer) > LINE_LIMIT:
             self.close()
+
+    def go_on(self) -> None:
+        if self.transport is not None:
+            self.transport.resume_reading()
+            self.hear_all()
 
     def hear(self, line: bytes) -> None:
         try:
@@ -289,7 +306,7 @@ class DomainProcess:
         reason = reason if isinstance(reason, str) and is_label(reason) else "unknown"
         if status.get("state") == "starting":
             reason = "starting up"
-        self.status = status
+        self.status = {key: status[key] for key in KEPT if key in status}
         if told or (state, reason) != (self.state, self.reason):
             self.state, self.reason, self.since = state, reason, time.time()
             self.news = known

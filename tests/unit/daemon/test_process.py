@@ -1,14 +1,16 @@
 """Whether a domain's process lives, where the daemon has no descriptor left to look at it with."""
 import asyncio
+import json
 import os
 import subprocess
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from kvmapp.daemon.domain import Record
 from kvmapp.daemon.paths import Paths
-from kvmapp.daemon.process import UNKNOWN, DomainProcess, start_time_of, title_of
+from kvmapp.daemon.process import UNKNOWN, ControlLink, DomainProcess, start_time_of, title_of
 from kvmapp.errors import HostError, NoResponse
 from tests.descriptors import nothing_left
 from tests.waiting import until
@@ -43,6 +45,34 @@ def test_a_process_is_not_dead_because_nobody_can_look_at_it(child, known):
         child.kill()
         assert await process.wait_end(60) and gone
     asyncio.run(story())
+
+
+def test_a_process_that_talks_without_end_leaves_time_for_others(tmp_path, monkeypatch):
+    """Nor is each word of a long status kept, to be copied for each event."""
+    status = {"state": "running", "reason": "booted", **{f"k{number}": 0 for number in range(50_000)}}
+    heard: Counter[int] = Counter()             # how many events in which turn of the loop
+    monkeypatch.setattr("kvmapp.daemon.process.TURN", 0.001)
+
+    async def story():
+        turn, over = 0, asyncio.Event()
+
+        async def talk(_reader, writer):
+            writer.write(json.dumps({"id": 1, "ok": status}).encode() + b"\n" + b'{"event": {"state": "paused"}}\n' * 20_000
+                         + b'{"event": {"type": "device-removed", "device": "last"}}\n')
+        process = DomainProcess("web", "/nowhere", lambda: heard.update([turn]), lambda: None, lambda kind, detail: over.set())
+        server = await asyncio.start_unix_server(talk, str(tmp_path / "s"))
+        link = ControlLink(process.hear, lambda: None)
+        answer = link.answers[1] = asyncio.get_running_loop().create_future()
+        answer.add_done_callback(lambda answer: process.take_answer(answer.result()["ok"]))
+        await asyncio.get_running_loop().create_unix_connection(lambda: link, str(tmp_path / "s"))
+        while not over.is_set():
+            await asyncio.sleep(0)
+            turn += 1
+        assert process.status == {"state": "paused", "reason": "booted"}
+        link.close()
+        server.close()
+    asyncio.run(story())
+    assert sum(heard.values()) > 20_000 and max(heard.values()) < 2000
 
 
 def test_a_process_that_was_never_seen_clearly_is_known_by_its_name(child):
