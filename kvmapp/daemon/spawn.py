@@ -63,10 +63,23 @@ class Zygote:
 
     def stop(self) -> None:
         """Its end; domains live on."""
+        if self.process is not None:
+            self.hear_last_words()
         self.hang_up()
         if self.process is not None:
             self.process.wait(READY_TIMEOUT)
             self.process = None
+
+    def hear_last_words(self) -> None:
+        """It still forks what was asked of it, and of a start that was given up by now nobody else would ever know."""
+        if self.socket is None:
+            return
+        asyncio.get_running_loop().remove_reader(self.socket)
+        with suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+            self.socket.settimeout(READY_TIMEOUT)
+            while data := self.socket.recv(65536):
+                self.hear_lines(data)
 
     def hang_up(self) -> None:
         """Also wakes a thread that still sends."""
@@ -150,6 +163,9 @@ class Zygote:
         if not data:
             self.died()
             return
+        self.hear_lines(data)
+
+    def hear_lines(self, data: bytes) -> None:
         *lines, self.buffer = (self.buffer + data).split(b"\n")
         for line in lines:
             self.hear(json.loads(line))

@@ -5,6 +5,8 @@ import os
 import signal
 import socket
 import subprocess
+import threading
+from unittest.mock import Mock
 
 import pytest
 
@@ -40,6 +42,41 @@ def test_a_process_that_nobody_waits_for_any_more_does_not_live_on():
     finally:
         child.kill()
         child.wait()
+
+
+def test_a_daemon_that_stops_over_a_start_leaves_no_process_that_nobody_knows():
+    """Its request waits in the socket, for the zygote is not warm yet, and is read after the daemon's end."""
+    child = subprocess.Popen(["sleep", "infinity"])
+
+    async def stop_over_a_start():
+        zygote = Zygote()
+        zygote.socket, theirs = socket.socketpair()
+        zygote.process = Mock(wait=lambda timeout: 0)
+        asyncio.get_running_loop().add_reader(zygote.socket, zygote.receive)
+        start = asyncio.create_task(zygote.spawn({}, []))
+        while not zygote.answers:
+            await asyncio.sleep(0)
+        start.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await start
+        warm = threading.Thread(target=fork_late, args=(theirs, child.pid))
+        warm.start()
+        zygote.stop()
+        warm.join()
+    try:
+        asyncio.run(stop_over_a_start())
+        assert child.wait(60) == -signal.SIGKILL
+    finally:
+        child.kill()
+        child.wait()
+
+
+def fork_late(zygote, pid):
+    """What a zygote does with a request that it finds, and with the daemon's end behind it."""
+    with zygote:
+        request, _ = zygote_end.receive(zygote)
+        assert zygote_end.receive(zygote) is None
+        zygote.sendall(json.dumps({"id": request["id"], "pid": pid}).encode() + b"\n")
 
 
 @pytest.mark.parametrize(("more", "seconds"), [("", 60), ("hugepages = 2M\n", 1084), ("prealloc = yes\n", 1084), ("locked = yes\n", 1084)])
