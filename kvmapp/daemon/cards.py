@@ -145,7 +145,7 @@ class Cards:
             await asyncio.to_thread(cardfilter.remove, tap)
         elif tap not in self.filters:                                       # it was let go of meanwhile
             self.filters[tap] = domain, known
-            self.supervisor.run(self.release_gone(domain, tap, self.filters[tap]), f"filter of {tap}")
+            self.supervisor.run(self.release_gone(domain, card, tap, self.filters[tap]), f"filter of {tap}")
 
     def note(self, domain: str, tap: str, known: Known) -> None:
         if known.follows and not self.follow_leases():
@@ -170,11 +170,12 @@ class Cards:
         """The running domain does not have it; whether we thought so."""
         if domain.live is None or domain.record is None:
             return False
-        tap = domain.record.taps.pop(device.removeprefix("net"), None)
+        tap = domain.record.taps.pop(device.removeprefix("net"), None) if device.startswith("net") else None
         domain.record.disks = [disk for disk in domain.record.disks if disk[0] != device]
         if device not in removable(domain.live):
             return False
-        cards = [card.to_dict() for card in domain.live.interfaces if f"net{card.index}" != device]
+        gone = next((card for card in domain.live.interfaces if f"net{card.index}" == device), None)
+        cards = [card.to_dict() for card in domain.live.interfaces if card is not gone]
         disks = [disk.to_dict() for disk in domain.live.disks if disk.name != device]
         live = DomainConfig.from_dict({**domain.live.to_dict(), "interfaces": cards, "disks": disks})
         if not domain.outdated:
@@ -183,12 +184,14 @@ class Cards:
         domain.record.config = domain.live.to_dict()
         domain.note()
         domain.notify()
-        if tap in self.filters:
-            self.supervisor.run(self.release_gone(domain.name, tap, self.filters[tap]), f"filter of {tap}")
+        if tap in self.filters and gone is not None:
+            self.supervisor.run(self.release_gone(domain.name, gone, tap, self.filters[tap]), f"filter of {tap}")
         return True
 
-    async def release_gone(self, domain: str, tap: str, filtered: tuple[str, Known]) -> None:
-        """A domain process that says it has let go of a card, or would not take it, and keeps its tap, keeps the filter, too."""
+    async def release_gone(self, domain: str, card: InterfaceConfig, tap: str, filtered: tuple[str, Known]) -> None:
+        """A domain process that says it has let go of a card, or would not take it, and keeps its tap, keeps the filter, too, and no
+        address: each may be another's by and by.
+        """
         for number in count():
             if self.filters.get(tap) is not filtered:           # the domain has ended, or the name is another card's
                 return
@@ -197,7 +200,16 @@ class Cards:
                 return
             if number == len(CLOSING):
                 log.error("domain '%s' has let go of a card and keeps its tap %s: the tap's filter stays", domain, tap)
+                await self.take_addresses(card, tap, filtered)
             await asyncio.sleep(CLOSING[number] if number < len(CLOSING) else self.supervisor.heartbeat)
+
+    async def take_addresses(self, card: InterfaceConfig, tap: str, filtered: tuple[str, Known]) -> None:
+        async with self.lock:
+            if self.filters.get(tap) is filtered:
+                try:
+                    await asyncio.to_thread(cardfilter.apply, card.heading, tap, card.mac, (), False)
+                except KvmappError as error:
+                    log.error("%s", error)
 
     # With the daemon.
 

@@ -125,21 +125,36 @@ class Networks:
 
     async def autostart(self) -> None:
         """Once a boot, before any domain. What fails (a bridge that is not there yet) is tried again at the heartbeat."""
-        note = os.path.join(self.paths.network_run, "autostarted")
         try:
-            with open(note) as file:
-                if file.read() == boot_id():
-                    return
+            with open(self.autostart_note) as file:
+                boot, *late = file.read().split("\n")
         except OSError:
-            pass
+            boot, late = "", []
+        if boot == boot_id():                           # of an earlier daemon's
+            self.late = {name: Late(self.supervisor.heartbeat) for name in late}
+            return
         self.refresh()
         for name in sorted(self.store.autostarted):
             await self.start_with_host(name, Late(self.supervisor.heartbeat))
+        self.note_autostart()
+
+    @property
+    def autostart_note(self) -> str:
+        """This boot's id, then a line a network that is late."""
+        return os.path.join(self.paths.network_run, "autostarted")
+
+    def note_autostart(self) -> None:
         try:
-            with open(note, "w") as file:
-                file.write(boot_id())
+            with open(f"{self.autostart_note}.new", "w") as file:
+                file.write("\n".join((boot_id(), *self.late)))
+            os.rename(f"{self.autostart_note}.new", self.autostart_note)
         except OSError as error:
-            log.warning("cannot write %s: %s", note, error.strerror)
+            log.warning("cannot write %s: %s", self.autostart_note, error.strerror)
+
+    def settle_late(self, name: str) -> None:
+        """It is late no more, or nobody waits for it."""
+        if self.late.pop(name, None):
+            self.note_autostart()
 
     async def start_with_host(self, name: str, late: Late) -> None:
         network = self.networks.get(name)
@@ -159,7 +174,7 @@ class Networks:
         for name, late in list(self.late.items()):
             network = self.networks.get(name)
             if name not in self.store.autostarted or (network and network.active):
-                del self.late[name]
+                self.settle_late(name)
             elif late.due <= time.monotonic():
                 await self.start_with_host(name, late)
 
@@ -265,7 +280,7 @@ class Networks:
         """Guests that are in it stay where they are, without a network. Returns warnings."""
         async with self.lock:
             self.want_active(network)
-            self.late.pop(network.name, None)           # somebody has started it since, and wants it no more
+            self.settle_late(network.name)              # somebody has started it since, and wants it no more
             warnings = [f"domain '{name}' runs and has no network until this one is started again"
                         for name in dict.fromkeys(member[1] for member in self.members(network.name))]
             network.note(STOPPING)
