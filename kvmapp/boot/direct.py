@@ -3,6 +3,8 @@
 No firmware runs; what it would have left behind (memory map, ACPI, MP table, SMBIOS, interrupt vectors) is written here.
 Leaves out: booting from a disk, which takes firmware.
 """
+import sys
+
 from kvmapp.boot import acpi, e820, mptable, real_mode, smbios
 from kvmapp.boot.entry import EntryState
 from kvmapp.boot.handover import Handover, Kernel
@@ -20,8 +22,10 @@ SMALLEST_MEMORY = 2 * MIB
 class DirectBoot:
     """The files and the command line of one domain; the files stay open, so that every reset of the guest can read them again."""
 
-    def __init__(self, kernel: str, initrd: str | None = None, cmdline: str = "", cache: str | None = None):
-        """Opens the files; a bzImage is unpacked, or found unpacked, in the folder `cache`. Raises GuestImageError."""
+    def __init__(self, kernel: str, initrd: str | None = None, cmdline: str = "", cache: str | None = None,
+                 memory: int = sys.maxsize):
+        """Opens the files; a bzImage that says to fit into `memory` bytes is unpacked, or found unpacked, in the folder `cache`. Raises
+        GuestImageError."""
         self.cmdline = cmdline
         self.unpacked: ImageFile | None = None
         self.packed = ""                                         # which file that was unpacked from
@@ -30,7 +34,7 @@ class DirectBoot:
         try:
             recognised = recognise(self.kernel)
             if cache and isinstance(recognised, BzImage):
-                self._open_unpacked(recognised, cache)
+                self._open_unpacked(recognised, cache, memory)
             self.initrd = ImageFile(initrd, "initrd") if initrd else None
         except BaseException:
             self.kernel.close()
@@ -60,10 +64,10 @@ class DirectBoot:
             if file:
                 file.close()
 
-    def _open_unpacked(self, kernel: BzImage, folder: str) -> None:
+    def _open_unpacked(self, kernel: BzImage, folder: str, memory: int) -> None:
         from kvmapp.boot.unpacked import KernelCache, identity
         self.packed = identity(self.kernel)
-        self.unpacked = KernelCache(folder).open(kernel)
+        self.unpacked = KernelCache(folder).open(kernel, memory)
 
     def _recognise(self) -> Kernel:
         """The kernel as it is now: the file may have changed since it was unpacked."""

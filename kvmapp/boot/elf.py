@@ -101,7 +101,7 @@ class ElfFile(SegmentedImage):
                 raise self.file.error(f"ELF segment at {physical:#x} has {in_file} bytes in the file but {in_memory} in memory",
                                       "the file is damaged")
             self.segments.append(Segment(offset, virtual, physical, in_file, in_memory))
-        elif kind == PT_NOTE and in_file <= NOTES_SIZE_MAX:
+        elif kind == PT_NOTE and sum(size for _, size, _ in self._notes) + in_file <= NOTES_SIZE_MAX:
             self._notes.append((offset, in_file, 8 if alignment == 8 else 4))
 
 

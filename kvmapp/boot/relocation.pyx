@@ -61,6 +61,8 @@ cdef list lists_of(bytes table):
         memcpy(&word, content + 4 * i, 4)
         if word == 0:
             zeroes.append(i)
+            if len(zeroes) > 3:
+                break
     if len(zeroes) not in (2, 3) or zeroes[0]:
         raise RelocationError("it is not made of two or three lists")
     kinds = [WORDS64, INVERSE32, WORDS32]

@@ -28,6 +28,7 @@ KASLR_FLAG = 0x02                                                # loadflags: it
 KERNEL_MAP = 0xFFFF_FFFF_8000_0000                               # where x86-64 maps a kernel: physical 0 of it (__START_KERNEL_map)
 KERNEL_IMAGE_SIZE = 1 << 30                                      # the room there of a kernel that can be relocated
 KEPT_MOST = 8                                                    # kernels
+LINKS_MOST = 256                                                 # files that they were unpacked from
 RACY_NS = 2 * 10**9                                              # a file changed so lately may change again within the same time stamp
 LOCK, BY_FILE, UNFINISHED = ".lock", "by-file", ".unfinished-"
 
@@ -91,9 +92,11 @@ class KernelCache:
     def __init__(self, folder: str):
         self.folder = folder
 
-    def open(self, kernel: BzImage) -> ImageFile | None:
-        """The unpacked file of this kernel, made now where it is not there; None where it cannot be had."""
-        if not kernel.payload_size or not kernel.entry64:
+    def open(self, kernel: BzImage, memory: int) -> ImageFile | None:
+        """The unpacked file of this kernel, made now where it is not there; None where it cannot be had, or wants more than `memory` bytes:
+        a small file may say that it unpacks to gigabytes.
+        """
+        if not kernel.payload_size or not kernel.entry64 or kernel.init_size > memory:
             return None
         try:
             index = os.path.join(self.folder, BY_FILE, identity(kernel.file))
@@ -132,6 +135,7 @@ class KernelCache:
         if identity(kernel.file) == os.path.basename(index) and is_settled(kernel.file):
             with suppress(FileExistsError):                      # it led to a file that somebody took away
                 os.symlink(os.path.join("..", os.path.basename(path)), index)
+                self._prune_index()
         return self._existing(path)
 
     def _write(self, path: str, data: bytes) -> None:
@@ -158,8 +162,13 @@ class KernelCache:
         kernels.sort(key=lambda entry: entry.stat().st_mtime)
         for entry in kernels[:-KEPT_MOST]:
             os.unlink(entry.path)
-        for entry in os.scandir(os.path.join(self.folder, BY_FILE)):
-            if not os.path.exists(entry.path):
+        self._prune_index()
+
+    def _prune_index(self) -> None:
+        """What leads nowhere, and all but the newest: each copy of a kernel is another file."""
+        links = sorted(os.scandir(os.path.join(self.folder, BY_FILE)), key=lambda entry: entry.stat(follow_symlinks=False).st_mtime)
+        for number, entry in enumerate(links, 1):
+            if number <= len(links) - LINKS_MOST or not os.path.exists(entry.path):
                 os.unlink(entry.path)
 
     def _is_ours(self) -> bool:

@@ -6,6 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvmapp.boot.direct import DirectBoot
+from kvmapp.boot.elf import NOTES_SIZE_MAX, ElfFile
+from kvmapp.boot.image import ImageFile
 from kvmapp.boot.platform import Platform
 from kvmapp.boot.topology import Topology
 from kvmapp.errors import KvmappError
@@ -23,6 +25,17 @@ IMAGES = {
 WORDS = st.sampled_from([struct.pack("<B", value) for value in range(256)]
                         + [struct.pack("<I", value) for value in (0, 1, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF, MIB, 0xC000_0000)]
                         + [struct.pack("<Q", value) for value in (2**63, 2**64 - 1, 2**64 - 4096)])
+
+
+def test_notes_are_bounded_however_often_a_file_names_them(tmp_path):
+    """A file of 300 KB would keep the control thread busy for a minute, at each reset."""
+    size = 200 << 10
+    image = bytearray(elf(notes=note(b"GNU", 3, b"x"), extra=[(4, 4096, size)] * 1000))
+    path = tmp_path / "kernel"
+    path.write_bytes(image.ljust(4096, b"\0") + bytes(size))
+    file = ImageFile(str(path), "kernel")
+    assert sum(1 for _ in ElfFile(file).notes()) < 2 * NOTES_SIZE_MAX // 12
+    file.close()
 
 
 @pytest.mark.parametrize("name", IMAGES)

@@ -6,6 +6,7 @@ import lzma
 import os
 import struct
 import threading
+import tracemalloc
 from collections.abc import Callable
 
 import pytest
@@ -162,6 +163,16 @@ def test_a_table_that_is_none(memory, bad):
         relocate(memory, bad, 2 * MIB, START, MIB, KERNEL_MAP + START)
 
 
+def test_a_table_of_zeroes_costs_no_memory(memory):
+    tracemalloc.start()
+    try:
+        with pytest.raises(RelocationError):
+            relocate(memory, bytes(4 * MIB), 2 * MIB, START, MIB, KERNEL_MAP + START)
+        assert tracemalloc.get_traced_memory()[1] < 5 * MIB
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_kernel_that_does_not_lie_in_memory(memory):
     with pytest.raises(RelocationError):
         relocate(memory, table([], []), 2 * MIB, 1 << 40, MIB, KERNEL_MAP + START)
@@ -274,6 +285,23 @@ def test_old_kernels_go(boot, cache):
         boot(packed(kernel_elf(bytes([number]) * 5000)))
     assert len(files_of(cache)) == KEPT_MOST
     assert len(list((cache / BY_FILE).iterdir())) <= KEPT_MOST
+
+
+def test_of_many_copies_the_newest_are_remembered(boot, cache, monkeypatch):
+    monkeypatch.setattr(unpacked_module, "LINKS_MOST", 3)
+    for _ in range(6):
+        last = boot(packed(kernel_elf()))
+    links = {path.name for path in (cache / BY_FILE).iterdir()}
+    assert len(links) == 3 and unpacked_module.identity(last.kernel) in links and len(files_of(cache)) == 1
+
+
+def test_what_does_not_fit_into_the_guest_is_not_unpacked(tmp_path, cache):
+    """A file of some kilobytes may say that it unpacks to gigabytes, of the host's memory and disk."""
+    path = tmp_path / "vmlinuz"
+    path.write_bytes(packed(kernel_elf(), init_size=0xFFFFF000))
+    files = DirectBoot(str(path), None, "", str(cache), memory=64 * MIB)
+    assert type(files._recognise()) is BzImage and not cache.exists()
+    files.close()
 
 
 def test_a_folder_that_others_can_write_is_not_used(boot, cache):
