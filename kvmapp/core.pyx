@@ -172,6 +172,10 @@ cdef class Vm:
         if self.kvm.capability(abi.KVM_CAP_COALESCED_PIO):
             self.coalesced.add(self.fd, port, size, True)
 
+    def uncoalesce_port(self, uint32_t port, uint32_t size):
+        """Each store to these ports is an exit again."""
+        self.coalesced.remove(self.fd, port, size, True)
+
     def coalesce_memory(self, uint64_t address, uint32_t size):
         """The same for stores to these addresses outside of RAM."""
         self.coalesced.add(self.fd, address, size, False)

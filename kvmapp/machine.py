@@ -93,6 +93,7 @@ class Machine(Removables):
         self.threads: list[IoThread] = []
         self.card_threads: dict[str, list[IoThread]] = {}           # of each disk and network card, which may come and go
         self.running = False
+        self.booting = False                            # whether stores to the ports of PCI configuration need no exit
         self.vcpus_started = False
         self.characters: list[tuple] = []
         self.debug_console: CharBackend | None = None
@@ -124,6 +125,16 @@ class Machine(Removables):
                             pci_window64=self.window64, virtio_mmio=getattr(self.slots, "windows", None),
                             pvpanic=self.config.panic is not None, hotplug_slots=self.slots.removable(self.card_threads))
         self.vm.set_entry(self.direct.setup(self.memory, platform))
+        if not self.booting:
+            self.vm.coalesce_port(PORT_PCI_CONFIG_ADDRESS, 4)   # without a PCI bus as well: a kernel looks for one there all the same
+            self.booting = True
+
+    def settle(self) -> None:
+        """The guest has seen its devices. Among those ports is the one that resets (0xCF9), and a guest that sleeps after a store there
+        makes no exit at which that would be done."""
+        if self.booting:
+            self.vm.uncoalesce_port(PORT_PCI_CONFIG_ADDRESS, 4)
+            self.booting = False
 
     def resume(self) -> None:
         """Starts the guest, or lets it go on."""
@@ -264,7 +275,7 @@ class Machine(Removables):
         boot = self.config.boot
         if boot.kernel is None:
             raise GuestImageError(f"Domain '{self.config.name}' has nothing to boot", "give it a kernel: [boot] kernel = FILE")
-        self.direct = DirectBoot(boot.kernel, boot.initrd, boot.cmdline, self.cache if boot.unpack else None)
+        self.direct = DirectBoot(boot.kernel, boot.initrd, boot.cmdline, self.cache if boot.unpack else None, self.config.memory)
 
     def _make_vm(self) -> None:
         """Memory, chips of the kernel's, vCPUs."""
@@ -317,7 +328,6 @@ class Machine(Removables):
     def _add_slots(self, reset_control: ResetControl) -> None:
         """What carries the virtio devices: the PCI bus, or nothing but addresses."""
         config, pio, mmio, irqs = self.config, self.vm.pio, self.vm.mmio, self.vm.interrupts
-        self.vm.coalesce_port(PORT_PCI_CONFIG_ADDRESS, 4)    # without a PCI bus as well: a kernel looks for one there all the same
         if config.machine == "microvm":
             self.slots = MmioSlots(self.vm, acpi=config.acpi, legacy=config.virtio == "legacy")
             return

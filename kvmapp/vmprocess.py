@@ -27,6 +27,7 @@ EXIT_POWER_OFF, EXIT_ERROR, EXIT_RESET, EXIT_CRASH, EXIT_DESTROYED, EXIT_SAVED =
 
 TRIPLE_FAULT = 8                        # KVM_EXIT_SHUTDOWN, the code of a reset that the run loop asks for
 TUNABLE = {"cputune", "vcpu_pins", "memtune"}        # what `tune` may change
+BOOT_TIME = 5.0                         # seconds after which most guests have looked at all of their devices
 REBOOT_WISH = 3600.0                    # seconds: a guest that heeds `reboot` later than this powered off for another reason
 RESET_CAUSES = {TRIPLE_FAULT: "the guest reset by a triple fault"}
 
@@ -69,7 +70,7 @@ class Domain(SaveVerbs):
         if self.machine.hotplug:
             self.loop.watch(self.machine.hotplug.fd, self.device_ejected)
         if not restored:
-            self.machine.boot()
+            self.boot()
             if self.mark:
                 self.mark("kernel loaded")
         if paused:
@@ -78,6 +79,10 @@ class Domain(SaveVerbs):
             return
         self.machine.resume()
         self.change("running", self.begun)
+
+    def boot(self) -> None:
+        self.machine.boot()
+        self.loop.later(BOOT_TIME, self.machine.settle)
 
     def serve(self, listener) -> None:
         """Answers on a control socket."""
@@ -197,7 +202,7 @@ class Domain(SaveVerbs):
         try:
             for device in self.machine.reset():
                 self.device_removed(device)
-            self.machine.boot()
+            self.boot()
         except KvmappError as error:                    # the kernel file went away since the start
             self.end(Ending("failed", f"cannot boot again: {error.message}", EXIT_ERROR))
             return

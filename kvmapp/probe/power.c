@@ -59,6 +59,11 @@ static void stop_here(const char *how)
     if (word_is(how, "hang"))
         for (;;)
             asm volatile("cli; hlt");
+    if (word_is(how, "reset-halt")) {
+        out8(RESET_CONTROL, RESET_COLD);
+        for (;;)
+            asm volatile("cli; hlt");
+    }
     if (word_is(how, "spin"))
         for (;;)
             asm volatile("pause");

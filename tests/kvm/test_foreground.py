@@ -224,6 +224,7 @@ def test_an_error_leaves_the_terminal_alone(terminal):
     ("steps=none end=triple", 3, "triple fault"),
     ("steps=none end=reset", 3, "reset"),
     ("steps=none end=reset-i8042", 3, "reset"),
+    ("steps=none end=reset-halt", 3, "reset"),              # it makes no exit after that
 ])
 def test_the_exit_status_tells_how_the_guest_ended(words, status, text):
     done = run("--kernel", IMAGE, "--memory", "32", "--append", words, "--no-reboot")

@@ -33,6 +33,9 @@ class Loop:
     def stop(self):
         pass
 
+    def later(self, seconds, callback):
+        pass
+
 
 def domain(text, tmp_path):
     file = tmp_path / "x.conf"
