@@ -28,10 +28,14 @@ cdef class Router(Waiter):
     cdef int sockets[SOCKETS_MOST]   # ... and its descriptor
     cdef int socket_count
     cdef int polled                  # descriptors that libslirp had polled at the last wait
+    cdef uint64_t fragments_since    # ns; since then libslirp has had so many fragments
+    cdef uint32_t fragments
     cdef readonly int sockets_most   # with so many a frame that needs one more is dropped
     cdef uint8_t frame[FRAME_MOST]   # the guest's, while libslirp has it
 
     cdef int forward(self, str text) except -1
+    cdef bint is_crowded(self) noexcept nogil
+    cdef bint keeps_fragment(self) noexcept nogil
     cdef bint has_room(self, uint64_t flow) noexcept nogil
     cdef void opened(self, int fd) noexcept nogil
     cdef void closed(self, int fd) noexcept nogil

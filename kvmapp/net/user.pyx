@@ -5,8 +5,10 @@ libslirp is the router 10.0.2.2, a DHCP server (the guest gets 10.0.2.15) and a 
 may reach, by TCP, UDP and ICMP echo; nothing reaches the guest but by a forward. libslirp runs in the card's I/O thread, for which its
 Router does the waiting: a frame goes from the guest's ring into a socket, or the other way, without another thread in between. The
 host's 127.0.0.1 is not a guest's to reach. libslirp opens a socket for each of the guest's flows, without end, and keeps those of UDP for
-minutes; with so many open that they would take what the process needs for itself, frames that begin another flow are dropped. Left out:
-IPv6, offloads, TFTP.
+minutes; with so many open that they would take what the process needs for itself, frames that begin another flow are dropped. It also
+keeps each fragment for half a minute, without end: of those it gets some thousands. And what only old ones of it take wrongly it does
+not get: urgent data of TCP is plain data here, TCP in fragments and other protocols than ARP and IPv4 are dropped. Left out: IPv6,
+offloads, TFTP.
 """
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
@@ -48,12 +50,17 @@ cdef enum:
     UDP = 17
     ECHO = 8
     TCP_FLAGS = 13
+    TCP_CHECKSUM = 16
+    TCP_HEADER = 20
     TCP_SYN = 2
     TCP_ACK = 16
+    TCP_URG = 32
+    FRAGMENTS_MOST = 16384           # of any size, in FRAGMENT_LIFE
 
 # What a frame needs of libslirp's sockets, unless it is a datagram: those with the same source share one, which `flow_of` names.
 cdef uint64_t NO_SOCKET = 0
 cdef uint64_t NEW_SOCKET = 1
+cdef uint64_t FRAGMENT_LIFE = 30_000_000_000         # ns: so long libslirp waits for the others of a packet
 
 cdef uint8_t EMPTY_HEADER[NET_HEADER]
 memset(EMPTY_HEADER, 0, NET_HEADER)
@@ -89,7 +96,9 @@ cdef class UserNet(NetBackend):
                 return 0                            # larger than any packet
             memcpy(frame + length, vector[i].iov_base, vector[i].iov_len)
             length += vector[i].iov_len
-        if length > header and not is_for_loopback(frame + header, length - header):
+        if length > header and passes(frame + header, length - header):
+            if is_fragment(frame + header) and (frame[header + PROTOCOL] == TCP or not self.router.keeps_fragment()):
+                return -EMFILE
             flow = flow_of(frame + header, length - header)
             if not self.router.has_room(flow):
                 return -EMFILE
@@ -173,7 +182,7 @@ cdef class Router(Waiter):
         After frames of the guest's it works at once: what it holds back until it knows the guest's address, for one, goes only then.
         """
         cdef uint32_t timeout = LONGEST_SLEEP
-        cdef bint works = self.slirp != NULL and self.end - self.first < CROWDED
+        cdef bint works = self.slirp != NULL and not self.is_crowded()
         cdef int done
         self.poll_count = 0
         self.watch(epoll, POLLIN)
@@ -187,6 +196,19 @@ cdef class Router(Waiter):
             self.calls = True
             slirp_pollfds_poll(self.slirp, done < 0 and errno != EINTR, get_revents, <void*>self)
             self.present(True)
+
+    cdef bint is_crowded(self) noexcept nogil:
+        return self.end - self.first >= CROWDED
+
+    cdef bint keeps_fragment(self) noexcept nogil:
+        """Whether libslirp may have one more; not while it does no work, for then it forgets none."""
+        cdef uint64_t now = monotonic_ns()
+        if now - self.fragments_since > FRAGMENT_LIFE:
+            self.fragments_since, self.fragments = now, 0
+        if self.fragments >= FRAGMENTS_MOST or self.is_crowded():
+            return False
+        self.fragments += 1
+        return True
 
     cdef bint has_room(self, uint64_t flow) noexcept nogil:
         """Whether libslirp may have a frame of this flow, which may make it open a socket."""
@@ -289,9 +311,40 @@ cdef uint32_t scatter(const iovec* vector, int count, uint32_t skip, const uint8
     return done
 
 
-cdef bint is_for_loopback(const uint8_t* frame, ssize_t length) noexcept nogil:
-    """IPv4 to 127.0.0.0/8 or 0.0.0.0/8: no packet on a wire may be (RFC 1122, 3.2.1.3), and libslirp would connect to the host."""
-    return length > TARGET and frame[ETHERTYPE] == 0x08 and frame[ETHERTYPE + 1] == 0 and frame[TARGET] in (0, 127)
+cdef bint passes(uint8_t* frame, ssize_t length) noexcept nogil:
+    """Whether libslirp gets the frame, which is ours to change: ARP, and IPv4 but to 127.0.0.0/8 or 0.0.0.0/8, where no packet on a wire
+    may go (RFC 1122, 3.2.1.3), while libslirp would connect to the host."""
+    cdef ssize_t start
+    if length < PACKET or frame[ETHERTYPE] != 0x08 or frame[ETHERTYPE + 1] not in (0, 6):
+        return False
+    if frame[ETHERTYPE + 1] == 6:
+        return True
+    if length < PACKET + IPV4_HEADER or frame[TARGET] in (0, 127):
+        return False
+    start = PACKET + (frame[PACKET] & 15) * 4
+    if frame[PROTOCOL] != TCP or is_fragment(frame):
+        return True
+    if length < start + TCP_HEADER:
+        return False
+    if frame[start + TCP_FLAGS] & TCP_URG:
+        make_plain(frame + start)
+    return True
+
+
+cdef bint is_fragment(const uint8_t* frame) noexcept nogil:
+    """Of an IPv4 packet: more of them come, or it has an offset."""
+    return frame[ETHERTYPE + 1] == 0 and (frame[FRAGMENT] & 0x3F or frame[FRAGMENT + 1])
+
+
+cdef void make_plain(uint8_t* segment) noexcept nogil:
+    """Takes URG out of a TCP header, and out of its sum (RFC 1624, 3)."""
+    cdef uint32_t total = ~(<uint32_t>segment[TCP_CHECKSUM] << 8 | segment[TCP_CHECKSUM + 1]) & 0xFFFF
+    total += 0xFFFF - TCP_URG                       # the word less the bit: ~m + m'
+    total = (total & 0xFFFF) + (total >> 16)
+    total = ~total & 0xFFFF
+    segment[TCP_FLAGS] &= 0xFF - TCP_URG
+    segment[TCP_CHECKSUM] = <uint8_t>(total >> 8)
+    segment[TCP_CHECKSUM + 1] = <uint8_t>total
 
 
 cdef uint64_t flow_of(const uint8_t* frame, ssize_t length) noexcept nogil:
@@ -300,12 +353,12 @@ cdef uint64_t flow_of(const uint8_t* frame, ssize_t length) noexcept nogil:
     A fragment is as bad as any: what it is a part of shows only when libslirp has put it together.
     """
     cdef ssize_t start
-    if length < PACKET + IPV4_HEADER or frame[ETHERTYPE] != 0x08 or frame[ETHERTYPE + 1] != 0:
+    if frame[ETHERTYPE + 1] != 0:
         return NO_SOCKET
-    if frame[FRAGMENT] & 0x3F or frame[FRAGMENT + 1]:                # more of them, or an offset
+    if is_fragment(frame):
         return NEW_SOCKET
     start = PACKET + (frame[PACKET] & 15) * 4
-    if length <= start + TCP_FLAGS and frame[PROTOCOL] == TCP or length < start + 8:
+    if length < start + 8:
         return NO_SOCKET                                             # no whole header
     if frame[PROTOCOL] == TCP:
         return NEW_SOCKET if frame[start + TCP_FLAGS] & (TCP_SYN | TCP_ACK) == TCP_SYN else NO_SOCKET

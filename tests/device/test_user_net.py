@@ -137,6 +137,57 @@ def test_a_forward_knocks_at_the_guest(plug):
     assert knock[16:20] == socket.inet_aton(GUEST) and struct.unpack(">H", knock[22:24]) == (22,) and knock[33] == 0x02     # SYN
 
 
+def tcp(target, ports, sequence, acknowledged, flags, payload=b"", urgent=0):
+    head = struct.pack(">HHIIBBHHH", *ports, sequence, acknowledged, 5 << 4, flags, 8192, 0, urgent)
+    pseudo = socket.inet_aton(GUEST) + socket.inet_aton(target) + struct.pack(">BBH", 0, TCP, len(head) + len(payload))
+    return head[:16] + struct.pack(">H", checksum(pseudo + head + payload)) + head[18:] + payload
+
+
+def test_urgent_data_is_plain_data(plug):
+    """An old libslirp sends as many bytes out of band as the guest says, of its own memory behind what the guest sent."""
+    port = free_port()
+    wire = plug([f"tcp:{port}:22"])
+    caller = socket.socket()
+    caller.settimeout(60)
+    knocking = threading.Thread(target=lambda: caller.connect(("127.0.0.1", port)))
+    knocking.start()
+    with caller:
+        wire.hear(lambda is_ip, packet: True if not is_ip and packet[24:28] == socket.inet_aton(GUEST) else None)
+        wire.say(EVERYBODY, ARP, arp(2, GUEST, ROUTER, bytes.fromhex("525400000202")))
+        knock = wire.hear(lambda is_ip, packet: packet if is_ip and packet[9] == TCP else None)
+        source, ports = socket.inet_ntoa(knock[12:16]), struct.unpack(">HH", knock[20:24])[::-1]
+        sequence, = struct.unpack(">I", knock[24:28])
+        for number, flags, payload, urgent in ((1000, 0x12, b"", 0), (1001, 0x38, b"a", 2048), (1002, 0x38, b"b\0", 1),
+                                                   (1004, 0x18, b"c", 0)):
+            segment = tcp(source, ports, number, sequence + 1, flags, payload, urgent)
+            wire.say(bytes.fromhex("52550a000202"), IPV4, ip_packet(TCP, GUEST, source, segment))
+        knocking.join()
+        assert b"".join(iter(lambda: caller.recv(1), b"c")) == b"ab\0"
+
+
+def test_fragments_that_make_no_packet_have_a_limit(plug):
+    """libslirp keeps each of them, a whole buffer for eight bytes, for half a minute."""
+    wire = plug()
+    for number in range(16384 + 100):
+        fragment = bytearray(ip_packet(UDP, GUEST, "192.0.2.1", bytes(8)))
+        fragment[4:8] = struct.pack(">HH", number % 60000, 0x2000 | 8)
+        fragment[10:12] = bytes(2)
+        fragment[10:12] = struct.pack(">H", checksum(fragment[:20]))
+        wire.say(EVERYBODY, IPV4, bytes(fragment))
+    assert wire.card.stats()["tx_drop"] == 100
+
+
+@pytest.mark.parametrize("protocol", [TCP, UDP])
+def test_tcp_in_fragments_goes_nowhere(plug, protocol):
+    """Its header might be cut in two; other protocols' may."""
+    wire = plug()
+    first = bytearray(ip_packet(protocol, GUEST, ROUTER, bytes(64)))
+    first[6:8] = struct.pack(">H", 0x2000)
+    for _ in range(3):
+        wire.say(EVERYBODY, IPV4, bytes(first))
+    assert wire.card.stats()["tx_drop"] == (3 if protocol == TCP else 0)
+
+
 def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
