@@ -17,7 +17,7 @@ from kvmapp.daemon.domain import Domain, removable
 from kvmapp.daemon.images import remove_image
 from kvmapp.daemon.starting import start as start_domain
 from kvmapp.daemon.threads import begin, in_own_thread
-from kvmapp.daemon.vouching import is_vouched, vouch_for
+from kvmapp.daemon.vouching import is_at_its_place, is_vouched, note_place, vouch_for
 from kvmapp.errors import DomainRunning, HostError, KvmappError, NoResponse, StateError, UsageError
 
 TYPE_CHECKING = False
@@ -119,7 +119,7 @@ async def write(paths: Paths, domain: Domain, path: str, job: Job, body: dict) -
     async with new_file(path) as draft:
         paused = {"paused": body["paused"]} if "paused" in body else {}
         try:
-            await ask_to_save(domain, process, fd=draft.fd, paths=paths, **paused)
+            config = await ask_to_save(domain, process, fd=draft.fd, paths=paths, **paused)
         except asyncio.CancelledError:
             if job.aborted:
                 with suppress(KvmappError):             # it had not begun
@@ -128,7 +128,7 @@ async def write(paths: Paths, domain: Domain, path: str, job: Job, body: dict) -
         job.abortable = False
         job.progress = "giving the file its name"
         try:
-            await in_own_thread(draft.publish)
+            await in_own_thread(publish, draft, paths, path, config)
         except HostError:
             await process.ask("save-undo")
             raise
@@ -138,13 +138,21 @@ async def write(paths: Paths, domain: Domain, path: str, job: Job, body: dict) -
                          f"kvmappctl destroy {domain.name} ends it")
 
 
-async def ask_to_save(domain: Domain, process: DomainProcess, fd: int, paths: Paths, **paused: bool) -> None:
-    """Again where the guest let go of a card just before it stood still: of that we have heard before the refusal."""
+def publish(draft: statefile.Draft, paths: Paths, path: str, config: dict | None) -> None:
+    note_place(paths, path, config)
+    draft.publish()
+
+
+async def ask_to_save(domain: Domain, process: DomainProcess, fd: int, paths: Paths, **paused: bool) -> dict | None:
+    """The configuration that it was told to write. Again where the guest let go of a card just before it stood still: of that we have heard
+    before the refusal.
+    """
     while True:
         devices = removable(domain.live)
+        config = vouched(paths, domain)
         try:
-            await process.ask("save", None, fd=fd, config=vouched(paths, domain), **paused)
-            return
+            await process.ask("save", None, fd=fd, config=config, **paused)
+            return config
         except StateError:
             if removable(domain.live) == devices:
                 raise
@@ -210,7 +218,10 @@ class Opened:
 
 
 def require_own(supervisor: Supervisor, opened: Opened, domain: Domain | None, way_out: str) -> None:
-    """Raises StateError for a configuration that nobody here has written."""
+    """Raises StateError for a configuration that nobody here has written, or not there."""
+    if not is_at_its_place(supervisor.paths, opened.path, opened.written):
+        raise StateError(f"The configuration in saved state '{opened.path}' is not the one that this host's daemon had saved there: "
+                         "its domain may want to come back as another", way_out)
     stored = domain.stored.config if domain is not None and domain.stored is not None else None
     if not is_vouched(supervisor.paths, opened.written) and (stored is None or stored.to_dict() != opened.config.to_dict()):
         raise StateError(f"The configuration in saved state '{opened.path}' is not from this host's daemon, nor that of a domain here: "

@@ -16,8 +16,8 @@ from kvmapp.daemon import saving
 from kvmapp.daemon.domain import Domain
 from kvmapp.daemon.jobs import JobBroken, Jobs
 from kvmapp.daemon.paths import Paths
-from kvmapp.daemon.vouching import vouch_for
-from tests.unit.daemon.host import UUID
+from kvmapp.daemon.vouching import is_at_its_place, note_place, vouch_for
+from tests.unit.daemon.host import UUID, WEB
 
 NO_MEMORY = SimpleNamespace(size=0, runs=lambda granule: [], view=None)
 
@@ -33,9 +33,9 @@ def saved(running):
     path.unlink(missing_ok=True)
 
 
-def write(path, host, **changes):
+def write(path, host, of="web", **changes):
     """`changes`: of the configuration in it."""
-    config = {**read_domain(str(host.file("web"))).to_dict(), **changes}
+    config = {**read_domain(str(host.file(of))).to_dict(), **changes}
     with statefile.Draft(str(path)) as draft:
         statefile.write(draft.fd, config, {}, NO_MEMORY)
         draft.publish()
@@ -182,6 +182,28 @@ def test_a_configuration_that_the_daemon_had_saved_is_good_after_the_domain_was_
     assert running.post("web", "start")["domain"]["title"] == "as it ran"
 
 
+def test_a_domain_does_not_come_back_as_another(running, tmp_path):
+    """Its process may have written another one's configuration, which is this host's own, into the file that it was given."""
+    for name in ("web", "mail"):
+        running.define(WEB.replace("web", name))
+    file = tmp_path / "web.save"
+    link = tmp_path / "link.save"
+    link.symlink_to(file)
+    note_place(running.paths, str(file), write(file, running))
+    write(file, running, of="mail")
+    with running.client() as client:
+        for path in (file, link):
+            with pytest.raises(errors.StateError, match="not the one that this host's daemon had saved there") as caught:
+                client.post("/v1/restore", file=str(path))
+            assert f"--trust {path}" in caught.value.hint
+        assert set(running.states().values()) == {"shut off"}
+        write(file, running)
+        assert client.post("/v1/restore", file=str(file))["domain"]["name"] == "web"
+        note_place(running.paths, str(file), None)
+        write(file, running, of="mail")
+        assert client.post("/v1/restore", file=str(file))["domain"]["name"] == "mail"       # as one that comes from elsewhere
+
+
 def live(*disks):
     """A configuration with these disks."""
     return SimpleNamespace(to_dict=lambda: {"disks": disks}, disks=[SimpleNamespace(name=name) for name in disks], interfaces=[])
@@ -208,7 +230,10 @@ def test_each_card_that_goes_as_the_save_begins_costs_another_try(tmp_path, stay
     with pytest.raises(errors.StateError) if stays else contextlib.nullcontext():
         asyncio.run(saving.write(paths, domain, str(tmp_path / "web.save"), job, {}))
     assert told == (["vda vdb"] if stays else ["vda vdb", "vda", "", "save-end"])
-    assert len(os.listdir(paths.vouched)) == len([one for one in told if one != "save-end"])
+    names = [name for name in os.listdir(paths.vouched) if not name.endswith(".place")]
+    assert len(names) == len([one for one in told if one != "save-end"])
+    assert is_at_its_place(paths, str(tmp_path / "web.save"), {"disks": []}) and \
+        is_at_its_place(paths, str(tmp_path / "web.save"), {"disks": ["vda"]}) == stays
 
 
 @pytest.mark.parametrize("tries", [1, 2])
