@@ -1,4 +1,5 @@
 """What the host refuses or loses reaches the guest as an error, and is never made up for with invented data."""
+import gc
 import os
 import resource
 import shutil
@@ -94,6 +95,7 @@ def test_no_space_left_fails_those_writes_that_did_not_fit(tmp_path, io):
 def test_io_uring_refused_by_the_host_is_replaced_by_threads_unless_it_was_asked_for(image):
     """The kernel's io_uring_setup is made to fail as it does under a seccomp filter: by a limit on descriptors."""
     spare = []
+    gc.collect()                                                # what another test left behind is given back now, not meanwhile
     with open_raw(image, io="auto") as disk, open_raw(image, io="io_uring") as asked:
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, limits[1]))
