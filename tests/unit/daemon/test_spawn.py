@@ -18,6 +18,16 @@ from kvmapp.daemon.starting import patience
 from kvmapp.errors import HostError
 
 
+async def give_up_a_start(zygote):
+    asyncio.get_running_loop().add_reader(zygote.socket, zygote.receive)
+    start = asyncio.create_task(zygote.spawn({}, []))
+    while not zygote.answers:
+        await asyncio.sleep(0)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+
+
 def test_a_process_that_nobody_waits_for_any_more_does_not_live_on():
     """The start was broken by a destroy before the zygote, which was not warm yet, had forked."""
     child = subprocess.Popen(["sleep", "infinity"])
@@ -25,13 +35,7 @@ def test_a_process_that_nobody_waits_for_any_more_does_not_live_on():
     async def break_a_start():
         zygote = Zygote()
         zygote.socket, theirs = socket.socketpair()
-        asyncio.get_running_loop().add_reader(zygote.socket, zygote.receive)
-        start = asyncio.create_task(zygote.spawn({}, []))
-        while not zygote.answers:
-            await asyncio.sleep(0)
-        start.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await start
+        await give_up_a_start(zygote)
         with theirs:
             theirs.sendall(json.dumps({"id": 1, "pid": child.pid}).encode() + b"\n")
             status = await asyncio.to_thread(child.wait, 60)
@@ -52,13 +56,7 @@ def test_a_daemon_that_stops_over_a_start_leaves_no_process_that_nobody_knows():
         zygote = Zygote()
         zygote.socket, theirs = socket.socketpair()
         zygote.process = Mock(wait=lambda timeout: 0)
-        asyncio.get_running_loop().add_reader(zygote.socket, zygote.receive)
-        start = asyncio.create_task(zygote.spawn({}, []))
-        while not zygote.answers:
-            await asyncio.sleep(0)
-        start.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await start
+        await give_up_a_start(zygote)
         warm = threading.Thread(target=fork_late, args=(theirs, child.pid))
         warm.start()
         zygote.stop()
